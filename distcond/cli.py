@@ -1,0 +1,282 @@
+"""The command `distcond`: reads the line, refuses a mistake at once, and hands a validated configuration to the verb.
+
+Exit status: 0 done; 1 failed while running; 2 the user's mistake, told in one line; 130 interrupted.
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import logging
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+from distcond import __version__
+from distcond.config import Config
+from distcond.errors import ConfigError, RunError, UserError
+
+# NOTE: torch, Ray and Hydra are imported inside the verbs that need them, once the line has been understood:
+# that is what keeps `distcond --help` and the refusal of a mistake below a second.
+
+HELP = f"""distcond {__version__}: models that choose their weights and their amount of computation from the data
+
+  distcond train    [overrides]        train          distcond train model.tree.depth=4 run.name=first
+  distcond sweep    [overrides]        search         distcond sweep sweep=depth_x_penalty train.max_steps=50
+  distcond submit   train|sweep [...]  run elsewhere  distcond submit train cluster=ray cluster.num_workers=8
+  distcond evaluate RUN [--step N]     measure a run  distcond evaluate runs/first
+
+Overrides are group=option or key=value. `distcond train --help` lists the groups, their options and every key.
+
+  --dry-run         train, submit: show what would happen, start nothing
+  --config FILE     run a resolved file (the config.yaml of a run) as it is
+  --config-dir DIR  add your own files, e.g. DIR/data/mine.yaml for data=mine
+  --cfg job, --info defaults-tree, --hydra-help     train: Hydra's own flags
+  --version
+
+TAB completion:  eval "$(distcond -sc install=bash)"
+DISTCOND_LOG=INFO or DEBUG shows more on the screen."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are ours: one line, exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        given = message.removeprefix("unrecognized arguments: ").split()[0]
+        meant = get_close_matches(given, self._option_string_actions, n=1) if given.startswith("-") else []
+        raise ConfigError(f"{message}; " + (f"did you mean {meant[0]}?" if meant else f"see {self.prog} --help."))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit status."""
+    try:
+        status = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return status
+    except UserError as error:
+        print(f"distcond: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough, e.g. `distcond train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # noqa: BLE001 - the last resort, which keeps the traceback for whoever mends it
+        print(f"distcond: failed: {_one_line(error)} (traceback: {_save_traceback()})", file=sys.stderr)
+        return 1
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in {"-h", "--help", "help"}:
+        print(HELP)
+        return 0
+    if argv[0] == "--version":
+        print(f"distcond {__version__}")
+        return 0
+    if argv[0] in {"-sc", "--shell-completion"}:
+        return _shell_completion(argv[1:])
+    if argv[0] not in VERBS:
+        meant = get_close_matches(argv[0], VERBS, n=1) or [f"train {argv[0]}"]
+        raise ConfigError(f"{argv[0]!r} is none of {', '.join(VERBS)}; did you mean distcond {meant[0]}?")
+    return VERBS[argv[0]](argv[1:])
+
+
+def _train(argv: list[str]) -> int:
+    parser = _verb_parser("train")
+    parser.add_argument("--dry-run", action="store_true")
+    _add_hydra_flags(parser)
+    args = parser.parse_intermixed_args(argv)
+    flags = _hydra_flags(args)
+    if flags:
+        return _ask_hydra(args, flags)
+    _configure_logging()
+    config = _configuration(args)
+    if args.dry_run:
+        return _dry_run(config)
+    from distcond.cluster.trainer import launch
+
+    launch(config)
+    return 0
+
+
+def _sweep(argv: list[str]) -> int:
+    args = _verb_parser("sweep", add_help=True).parse_intermixed_args(argv)
+    _configure_logging()
+    config = _configuration(args)
+    from distcond.cluster.sweep import sweep
+
+    return sweep(config)
+
+
+def _submit(argv: list[str]) -> int:
+    parser = _verb_parser("submit", add_help=True)
+    parser.add_argument("--dry-run", action="store_true", help="show what would be sent, send nothing")
+    args = parser.parse_intermixed_args(argv)
+    _configure_logging()
+    if args.overrides[:1] not in (["train"], ["sweep"]):
+        given = args.overrides[0] if args.overrides else "nothing"
+        raise ConfigError(f"submit was given {given}; needed is train or sweep, e.g. distcond submit train cluster=ray.")
+    what = args.overrides.pop(0)
+    config = _configuration(args)
+    from distcond.cluster.submit import submit
+
+    return submit(what, config, args.overrides, args.dry_run)
+
+
+def _evaluate(argv: list[str]) -> int:
+    parser = _Parser(prog="distcond evaluate", description="Measure a run: quality, steps, cost.", allow_abbrev=False)
+    parser.add_argument("run", type=Path, metavar="RUN", help="its folder, e.g. runs/first")
+    parser.add_argument("--step", type=int, help="a checkpoint other than the latest")
+    args = parser.parse_args(argv)
+    _configure_logging()
+    if not (args.run / "config.yaml").is_file():
+        raise RunError(f"{args.run} is not a run folder, for it has no config.yaml; give one such as runs/first.")
+    from distcond.evaluate import evaluate
+
+    _print_table(evaluate(args.run, args.step))
+    return 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "sweep": _sweep,
+    "submit": _submit,
+    "evaluate": _evaluate,
+}
+
+
+def _verb_parser(verb: str, add_help: bool = False) -> _Parser:
+    parser = _Parser(
+        prog=f"distcond {verb}",
+        add_help=add_help,
+        allow_abbrev=False,
+        epilog="`distcond train --help` lists the groups, their options and every key.",
+    )
+    parser.add_argument("overrides", nargs="*", help="group=option or key=value, in Hydra's grammar")
+    parser.add_argument("--config", metavar="FILE", help="a resolved file, run as it is")
+    parser.add_argument("--config-dir", "-cd", metavar="DIR", help="a folder of your own files, e.g. DIR/data/mine.yaml")
+    parser.add_argument("--multirun", "-m", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_hydra_flags(parser: _Parser) -> None:
+    parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
+    parser.add_argument("--package", "-p")
+    parser.add_argument("--resolve", action="store_true")
+    infos = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
+    parser.add_argument("--info", "-i", nargs="?", const="all", choices=infos)
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--hydra-help", action="store_true")
+    parser.add_argument("--shell-completion", "-sc", action="store_true")
+
+
+def _hydra_flags(args: argparse.Namespace) -> list[str]:
+    """The flags of a line that Hydra answers itself, written out again."""
+    valued = {"--cfg": args.cfg, "--package": args.package, "--info": args.info}
+    switches = {"--help": args.help, "--hydra-help": args.hydra_help, "--shell-completion": args.shell_completion}
+    switches["--resolve"] = args.resolve
+    flags = [word for flag, value in valued.items() if value is not None for word in (flag, value)]
+    return flags + [flag for flag, is_set in switches.items() if is_set]
+
+
+def _ask_hydra(args: argparse.Namespace, flags: list[str]) -> int:
+    """Pass the line on to Hydra, after a mistake in it has had the chance to be told our way."""
+    from distcond import compose
+
+    if args.config:
+        raise ConfigError(f"--config {args.config} is resolved already; {flags[0]} shows what is composed without it.")
+    if (args.package or args.resolve) and not (args.cfg or args.help):
+        raise ConfigError("--package and --resolve go with --cfg, e.g. distcond train --cfg job --package model.")
+    if not args.shell_completion and not args.hydra_help:
+        compose.compose_node(args.overrides, args.config_dir)
+    config_dir = ["--config-dir", args.config_dir] if args.config_dir else []
+    return compose.hydra_main([*flags, *config_dir, *args.overrides])
+
+
+def _configuration(args: argparse.Namespace) -> Config:
+    from distcond import compose
+
+    if args.multirun:
+        raise ConfigError("--multirun: a search over values is `distcond sweep`, e.g. distcond sweep sweep=depth_x_penalty.")
+    if not args.config:
+        return compose.compose(args.overrides, args.config_dir)
+    if args.overrides or args.config_dir:
+        extra = args.overrides[0] if args.overrides else "--config-dir"
+        raise ConfigError(f"--config {args.config} is run as it is; remove {extra}, or remove --config and compose anew.")
+    return compose.load_config(Path(args.config))
+
+
+def _dry_run(config: Config) -> int:
+    from distcond import compose
+    from distcond.train.plan import describe
+
+    print(compose.to_yaml(config))
+    print(describe(config))
+    return 0
+
+
+def _print_table(metrics: dict[str, Any]) -> None:
+    width = max(map(len, metrics), default=0)
+    for name, value in metrics.items():
+        print(f"{name:<{width}}  {f'{value:.6g}' if isinstance(value, float) else value}")
+
+
+def _shell_completion(argv: list[str]) -> int:
+    """Hydra completes overrides; what stands in front of them and begins with a dash is completed here."""
+    from distcond import compose
+
+    if not any(word.startswith("query=") for word in argv):
+        return compose.hydra_main(["-sc", *argv])
+    words = os.environ.get("COMP_LINE", "").split()[1:]
+    if os.environ.get("COMP_LINE", "").endswith(" "):
+        words.append("")
+    *done, word = words or [""]
+    fixed = _fixed_words(done, word)
+    if fixed is not None:
+        print(" ".join(fixed))
+        return 0
+    folders = [word_after for flag, word_after in itertools.pairwise(done) if flag in {"--config-dir", "-cd"}]
+    overrides = [before for before in done if "=" in before and before not in folders]
+    os.environ["COMP_LINE"] = " ".join(["distcond", *overrides, word])
+    with contextlib.redirect_stderr(io.StringIO()):  # a half-typed line is no error
+        compose.hydra_main(["-sc", *argv, *(["--config-dir", folders[-1]] if folders else [])])
+    return 0
+
+
+def _fixed_words(done: list[str], word: str) -> list[str] | None:
+    """What may stand at this place, if it is not an override; an empty list leaves it to the shell: a path."""
+    if not done:
+        return list(VERBS)
+    if done[0] == "evaluate" or done[-1] in {"--config", "--config-dir", "-cd"}:
+        return ["--step"] if word.startswith("-") else []
+    if word.startswith("-"):
+        common = ["--config", "--config-dir", "--help"]
+        return {"train": ["--dry-run", "--cfg", "--info", "--hydra-help"], "submit": ["--dry-run"]}.get(done[0], []) + common
+    if done == ["submit"]:
+        return ["train", "sweep"]
+    return None
+
+
+def _configure_logging() -> None:
+    level = os.environ.get("DISTCOND_LOG", "WARNING").upper()
+    if level not in logging.getLevelNamesMapping():
+        raise ConfigError(f"DISTCOND_LOG={level} is not a level; needed is one of DEBUG, INFO, WARNING, ERROR.")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("distcond").setLevel(level)
+
+
+def _one_line(error: BaseException) -> str:
+    """The message of an error; notes, which say where the log of a run is, belong to it."""
+    text = str(error) or type(error).__name__
+    return " ".join(" ".join([text, *getattr(error, "__notes__", [])]).split())
+
+
+def _save_traceback() -> str:
+    with tempfile.NamedTemporaryFile("w", prefix="distcond-", suffix=".log", delete=False) as file:
+        file.write(traceback.format_exc())
+    return file.name

@@ -1,0 +1,1 @@
+"""Everything that knows Ray: where a run's processes are, who watches them, and what the user sees meanwhile."""

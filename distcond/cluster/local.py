@@ -1,0 +1,213 @@
+"""The Ray that a run uses: started on this machine for the run alone, or a running cluster that is connected to."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from distcond.cluster.policy import Room, ask_of, check_room
+from distcond.config import ClusterConfig
+from distcond.errors import ClusterError, UserError
+
+OBJECT_STORE_BYTES = 256 * 2**20
+"Shared memory for batches in flight; a few MiB would do, and what does not fit goes to disk."
+STOP_TIMEOUT_S = 3.0
+"How long processes may take to end before they are killed."
+CONNECT_TIMEOUT_S = 3.0
+PREFIX, LOCK = "distcond-ray-", "lock"
+"Of the names of folders for Ray's files, and of the file in each that a living run holds."
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # Ray: 15, as if training could wait for whatever else runs here
+}
+"Environment of Ray's processes, where the user has not set it."
+
+
+def preflight(cluster: ClusterConfig) -> None:
+    """Refuse what this machine has no room for, before Ray starts (< 1 s). Raises ClusterError.
+
+    Does nothing where a cluster is connected to: `ray_session` asks that one once it is connected.
+    """
+    if not _address(cluster):
+        check_room(ask_of(cluster), _machine_room(cluster))
+
+
+@contextmanager
+def ray_session(cluster: ClusterConfig, logs: Path, extra_resources: Mapping[str, float] | None = None) -> Iterator[Room]:
+    """Ray for one run or sweep, quiet on the screen, stopped on leaving with no process left behind; yields what it has.
+
+    logs: folder (absolute) for what Ray would print: driver.log, and Ray's own logs where the run failed.
+    extra_resources: custom resources of a local Ray, e.g. {"driver": 8}.
+    Connects instead where cluster.address or RAY_ADDRESS is set. Raises ClusterError where the run has no room.
+    """
+    preflight(cluster)
+    logs.mkdir(parents=True, exist_ok=True)
+    with _quiet_ray(logs / "ray_driver.log"):
+        session = _connected(cluster) if _address(cluster) else _started(cluster, logs, extra_resources or {})
+        with session as room:
+            yield room
+
+
+@contextmanager
+def _started(cluster: ClusterConfig, logs: Path, resources: Mapping[str, float]) -> Iterator[Room]:
+    """A Ray of our own, with its files in a temporary folder of its own; only who has the user's token can talk to it.
+
+    Without the dashboard: that takes 1.5 s and 11 processes more (2 cores), to show what progress and logs show.
+    """
+    import ray
+
+    room = _machine_room(cluster)
+    before = set(_descendants())
+    with _temporary_folder() as folder, _environment(SETTINGS):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=int(room.cpus),
+                num_gpus=int(room.gpus),
+                resources=dict(resources),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                _temp_dir=str(folder),
+            )
+            _protect_token()
+            yield room
+        except UserError:
+            raise
+        except BaseException:
+            shutil.copytree(folder / "session_latest" / "logs", logs / "ray_session", dirs_exist_ok=True)
+            raise
+        finally:
+            started = [process for process in _descendants() if process not in before]
+            ray.shutdown()
+            _end(started)
+
+
+@contextmanager
+def _connected(cluster: ClusterConfig) -> Iterator[Room]:
+    import ray
+
+    given = _address(cluster)
+    if given.startswith(("http://", "https://")):
+        raise ClusterError(
+            f"{given} is the dashboard of a Ray cluster, to which runs are sent: use `distcond submit train cluster=ray`, or "
+            "leave cluster.address and RAY_ADDRESS empty to train on this machine."
+        )
+    ray.init(address=_find(given), log_to_driver=False)
+    try:
+        total = ray.cluster_resources()
+        room = Room(total.get("CPU", 0), total.get("GPU", 0), f"the cluster at {given}")
+        check_room(ask_of(cluster), room)
+        yield room
+    finally:
+        ray.shutdown()
+
+
+def _find(given: str) -> str:
+    """The host:port of a cluster where somebody answers, else ClusterError. NOTE: Ray itself would try for minutes."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        address: str = canonicalize_bootstrap_address(given) or ""
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {given} ({str(error).rstrip('.')}); start one, or leave cluster.address and "
+            "RAY_ADDRESS empty to train on this machine."
+        ) from error
+    return address
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """A folder that is removed on leaving, or by the next run if this process has no time for it.
+
+    NOTE: not inside the run folder: the paths of Ray's sockets may have 107 characters.
+    """
+    parent = Path(os.environ.get("RAY_TMPDIR", "/tmp"))
+    for left in parent.glob(f"{PREFIX}*/{LOCK}"):
+        with contextlib.suppress(OSError), left.open() as lock:  # another user's, or one that is held
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left.parent)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+    with (folder / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _address(cluster: ClusterConfig) -> str:
+    """Where to connect to; empty: start a Ray here. Inside a Ray job, RAY_ADDRESS is set by Ray."""
+    return os.environ.get("RAY_ADDRESS") or cluster.address
+
+
+def _machine_room(cluster: ClusterConfig) -> Room:
+    return Room(_num_cpus(), _num_gpus() if cluster.gpus_per_worker else 0)
+
+
+def _num_cpus() -> int:
+    """Cores this process may use; a container's quota counts, in whole cores."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no quota: "max"
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        cores = min(cores, max(1, quota // period))
+    return cores
+
+
+def _num_gpus() -> int:
+    """GPUs as Ray will count them."""
+    from ray._private.accelerators import get_accelerator_manager_for_resource
+
+    manager = get_accelerator_manager_for_resource("GPU")
+    visible = manager.get_current_process_visible_accelerator_ids()
+    present: int = manager.get_current_node_num_accelerators()
+    return present if visible is None else min(present, len(visible))
+
+
+@contextmanager
+def _quiet_ray(file: Path) -> Iterator[None]:
+    """What Ray logs in this process goes to a file: it finds sys.stderr at the moment of writing."""
+    with file.open("a") as stream, contextlib.redirect_stderr(stream):
+        yield
+
+
+@contextmanager
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables that are not set, for as long as Ray's processes are being started."""
+    added = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def _protect_token() -> None:
+    """NOTE: Ray 2.60 writes the token that opens its ports with the permissions of any file (0644)."""
+    token = Path.home() / ".ray" / "auth_token"
+    if token.is_file() and token.stat().st_uid == os.getuid():
+        token.chmod(0o600)
+
+
+def _descendants() -> list[psutil.Process]:
+    processes: list[psutil.Process] = psutil.Process().children(recursive=True)
+    return processes
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """Wait for processes that are ending, then kill those that are not."""
+    for process in psutil.wait_procs(processes, timeout=STOP_TIMEOUT_S)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()

@@ -1,0 +1,185 @@
+"""Ray Train's controller with the parts that a run needs and none of the others.
+
+Ray Train v2 starts, restarts and watches the workers. `TorchTrainer.fit` would do the same around it, but also start a
+process each for Ray Data, the autoscaler and the clean-up of placement groups, import torch in two processes that never
+use it, and give its processes an environment of their own, so that none of those that Ray keeps ready fits: from the
+end of Ray's start to the first line of the training function 13 to 17 s, and 7 s this way (two ranks on two busy cores).
+
+NOTE: `ray.train.v2._internal` is the price; it is why pyproject.toml pins Ray to one minor release.
+"""
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+import ray.train
+from ray.exceptions import RayActorError
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train._internal.utils import get_address_and_port
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.callbacks.accelerators import AcceleratorSetupCallback
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.context import TrainRunContext
+from ray.train.v2._internal.execution.controller.controller import TrainController
+from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
+from ray.train.v2._internal.util import ObjectRefWrapper
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+from distcond.cluster.controller import Job, Outcome
+from distcond.cluster.policy import LOST, restart_line, should_restart
+from distcond.errors import UserError
+
+ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"Seconds between looks at the workers (Ray: 2), which is how soon an end, an error or a lost worker is noticed."
+
+
+def run_workers(job: Job) -> Outcome:
+    """Run the job's functions on its workers until they have returned or there is no point in another attempt."""
+    # NOTE: what Ray Train finds here when it starts workers, it would make an environment of their own.
+    os.environ.update(ENVIRONMENT)
+    try:
+        controller = TrainController(**_parts(job))
+    finally:
+        for name in ENVIRONMENT:
+            del os.environ[name]
+    asyncio.run(controller.run())
+    result = controller.get_result()
+    if result.error is None:
+        return Outcome(summary=result.return_value)
+    errors = _errors(result.error)
+    user_errors = [error for _, error in sorted(errors.items()) if isinstance(error, UserError)]
+    return Outcome(user_error=user_errors[0] if user_errors else None, failures=_describe(errors), error=str(result.error))
+
+
+def _parts(job: Job) -> dict[str, Any]:
+    scaling = ScalingConfig(
+        num_workers=job.ask.num_workers, resources_per_worker=job.ask.bundle, use_gpu=job.ask.gpus_per_worker > 0
+    )
+    failure = FailureConfig(max_failures=job.max_failures)
+    context = TrainRunContext(
+        run_config=RunConfig(name="train", storage_path=str(job.logs / "ray"), failure_config=failure),
+        train_loop_config=None,
+        scaling_config=scaling,
+        backend_config=BackendConfig(),
+        dataset_config=ray.train.DataConfig(),
+    )
+    callbacks = [AcceleratorSetupCallback(_SharedGpus(), scaling), _Join(job.join)]
+    return {
+        "train_fn_ref": ObjectRefWrapper(job.train),
+        "train_run_context": context,
+        "scaling_policy": _FixedSize(scaling),
+        "failure_policy": _Restarts(failure, job),
+        "callbacks": [*callbacks, _Release()] if job.is_trial else callbacks,
+    }
+
+
+class _SharedGpus(BackendConfig):  # type: ignore[misc]  # Ray is untyped
+    """Workers of one node see one another's GPUs; a worker's own is number LOCAL_RANK."""
+
+    @property
+    def backend_cls(self) -> type:
+        return _SharedGpusBackend
+
+
+class _SharedGpusBackend(Backend):  # type: ignore[misc]  # Ray is untyped
+    share_cuda_visible_devices = True
+
+
+class _Join(WorkerGroupCallback):  # type: ignore[misc]  # Ray is untyped
+    """Makes the workers one process group."""
+
+    def __init__(self, join: Callable[[str, int], None]) -> None:
+        self._join = join
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        address, port = worker_group.execute_single(0, get_address_and_port)
+        worker_group.execute(self._join, address, port)
+
+
+class _FixedSize(ControllerCallback):  # type: ignore[misc]  # Ray is untyped
+    """Always the same number of workers, and no word to an autoscaler beyond the placement group that asks for them."""
+
+    def __init__(self, scaling_config: ScalingConfig) -> None:
+        self.scaling_config = scaling_config
+
+    def make_decision_for_non_running_worker_group(self) -> ResizeDecision:
+        return ResizeDecision(self.scaling_config.num_workers, self.scaling_config.resources_per_worker)
+
+    def make_decision_for_running_worker_group(self, **_: Any) -> NoopDecision:
+        return NoopDecision()
+
+
+class _Restarts(FailurePolicy):  # type: ignore[misc]  # Ray is untyped
+    """Asks policy.py whether to start the workers again, and leaves a line for the user where it does."""
+
+    def __init__(self, failure_config: FailureConfig, job: Job) -> None:
+        super().__init__(failure_config)
+        self._job = job
+        self._count, self._size = 0, 0
+        self._before: Mapping[int, str] | None = None
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        errors = _errors(training_failed_error)
+        if any(isinstance(error, UserError) for error in errors.values()):
+            return FailureDecision.RAISE
+        failures, allowed = _describe(errors), self.failure_config.max_failures
+        size = self._job.metrics.stat().st_size if self._job.metrics.exists() else 0
+        self._count += 1
+        if not should_restart(failures, self._before, size != self._size, self._count, allowed):
+            return FailureDecision.RAISE
+        self._before, self._size = failures, size
+        with self._job.restarts_file.open("a") as file:
+            file.write(restart_line(failures, self._count, allowed) + "\n")
+        self._job.started_file.unlink(missing_ok=True)
+        return FailureDecision.RETRY
+
+
+class _Release(WorkerGroupCallback):  # type: ignore[misc]  # Ray is untyped
+    """Gives the workers' places back if the controller is killed, as Tune does with a trial that it stops early.
+
+    NOTE: a placement group outlives the actor that made it until the whole job ends (ray #54305). Ray Train's own cure
+    asks the dashboard, which is not there.
+    """
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        group = worker_group.get_worker_group_state().placement_group_handle.placement_group
+        this = ray.get_runtime_context().current_actor
+        ray.remote(_Keeper).options(num_cpus=0, lifetime="detached").remote(this, group)
+
+
+class _Keeper:
+    """A process that outlives a controller in order to clean up after it.
+
+    NOTE: all begins in the constructor, because a call would be lost if the controller were killed before it is made.
+    """
+
+    def __init__(self, controller: Any, group: Any) -> None:
+        this = ray.get_runtime_context().current_actor
+        threading.Thread(target=self._keep, args=(controller, group, this), daemon=True).start()
+
+    def _keep(self, controller: Any, group: Any, this: Any) -> None:
+        try:
+            ray.get(controller.wait.remote())
+        except RayActorError:
+            ray.util.remove_placement_group(group)
+        ray.kill(this)
+
+
+def _errors(error: TrainingFailedError) -> dict[int, Exception]:
+    return dict(error.worker_failures) if isinstance(error, WorkerGroupError) else {}
+
+
+def _describe(errors: Mapping[int, Exception]) -> dict[int, str]:
+    return {rank: _one_line(error) for rank, error in errors.items()}
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, (WorkerHealthCheckFailedError, RayActorError)):
+        return LOST
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,140 @@
+"""What a sweep tries: from `sweep.space` to the overrides of every trial, and the Pareto front of what came out.
+
+Pure: everything is decided before anything starts, so that a bad space is refused at once and a trial can be repeated
+by its overrides alone.
+"""
+
+import itertools
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from distcond.errors import ConfigError
+
+RESERVED_KEYS = (
+    "run",
+    "sweep",
+    "train.max_steps",
+    "train.eval_every",
+    "cluster.name",
+    "cluster.address",
+    "tracking.group",
+)
+"Keys (or their parents) that all trials share: the sweep's own, and the steps at which trials are compared."
+SIGNIFICANT_DIGITS = 4
+"Sampled floats are rounded to this many digits, so that a trial can be typed again."
+
+
+class Scale(StrEnum):
+    """How a range is sampled."""
+
+    linear = "linear"
+    log = "log"
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """An interval, both ends included; whole numbers if both ends are."""
+
+    minimum: float
+    maximum: float
+    scale: Scale
+
+    def sample(self, generator: random.Random) -> float:
+        """One value of the interval: int if both ends are ints, else a float of few digits."""
+        if self.scale == Scale.log:
+            value = math.exp(generator.uniform(math.log(self.minimum), math.log(self.maximum)))
+        else:
+            value = generator.uniform(self.minimum, self.maximum)
+        if isinstance(self.minimum, int) and isinstance(self.maximum, int):
+            return min(max(round(value), self.minimum), self.maximum)
+        return min(max(float(f"{value:.{SIGNIFICANT_DIGITS}g}"), float(self.minimum)), float(self.maximum))
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSpace:
+    """A parsed `sweep.space`: for every dotted key a grid or a range."""
+
+    grids: dict[str, list[Any]]
+    ranges: dict[str, Range]
+
+
+def parse_space(space: Mapping[str, Any]) -> SearchSpace:
+    """Tell grids from ranges.
+
+    Raises ConfigError for an empty space, a key that is not a trial's to choose, or a value that is neither.
+    """
+    if not space:
+        raise ConfigError("sweep.space is empty; choose one (sweep=depth_x_penalty) or give keys, e.g. model.tree.depth: [2, 4].")
+    grids: dict[str, list[Any]] = {}
+    ranges: dict[str, Range] = {}
+    for key, values in space.items():
+        if any(key == reserved or key.startswith(f"{reserved}.") for reserved in RESERVED_KEYS):
+            raise ConfigError(f"sweep.space has {key}, which is not a trial's to choose; remove it.")
+        if isinstance(values, Mapping):
+            ranges[key] = _parse_range(key, values)
+        else:
+            grids[key] = _parse_grid(key, values)
+    return SearchSpace(grids, ranges)
+
+
+def _parse_grid(key: str, values: Any) -> list[Any]:
+    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+        raise ConfigError(
+            f"sweep.space: {key}={values!r} is neither a list of values nor a range; "
+            "use [a, b] or {min: a, max: b, scale: log}."
+        )
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise ConfigError(f"sweep.space: {key} has {value!r} twice; a grid holds each value once.")
+    return list(values)
+
+
+def _parse_range(key: str, values: Mapping[str, Any]) -> Range:
+    unknown = [name for name in values if name not in {"min", "max", "scale"}]
+    if unknown or "min" not in values or "max" not in values:
+        raise ConfigError(f"sweep.space: {key}={dict(values)} is not a range; it needs min and max, and may have scale.")
+    low, high, scale = values["min"], values["max"], values.get("scale", Scale.linear)
+    if any(isinstance(end, bool) or not isinstance(end, int | float) or not math.isfinite(end) for end in (low, high)):
+        raise ConfigError(f"sweep.space: {key} has min={low!r}, max={high!r}; both must be numbers.")
+    if low >= high:
+        raise ConfigError(f"sweep.space: {key} has min={low} and max={high}; min must be below max.")
+    if scale not in set(Scale):
+        raise ConfigError(f"sweep.space: {key} has scale={scale!r}; use linear or log.")
+    if scale == Scale.log and low <= 0:
+        raise ConfigError(f"sweep.space: {key} has min={low}; a logarithmic range starts above 0.")
+    return Range(low, high, Scale(scale))
+
+
+def plan_trials(space: SearchSpace, num_samples: int, seed: int) -> list[dict[str, Any]]:
+    """The overrides of every trial: each of `num_samples` samples of the ranges crossed with the whole grid.
+
+    A pure function of its arguments; a key's samples do not depend on the other keys of the space.
+    """
+    if num_samples > 1 and not space.ranges:
+        raise ConfigError(
+            f"sweep.num_samples={num_samples} would repeat the same trials, for sweep.space has no range; "
+            f"use 1, or repeat with other seeds: seed: [{', '.join(map(str, range(min(num_samples, 3))))}]."
+        )
+    generators = {key: random.Random(f"{seed}/{key}") for key in space.ranges}
+    samples = [{key: space.ranges[key].sample(generators[key]) for key in space.ranges} for _ in range(num_samples)]
+    cells = [dict(zip(space.grids, values, strict=True)) for values in itertools.product(*space.grids.values())]
+    return [{**cell, **sample} for sample in samples for cell in cells]
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other point beats, by rising second coordinate; small is good in both.
+
+    A point is beaten by one that is no worse in both and better in one. Equal points stand or fall together; points
+    with a NaN never stand.
+    """
+    finite = [index for index, point in enumerate(points) if not any(math.isnan(value) for value in point)]
+    front = [index for index in finite if not any(_beats(points[other], points[index]) for other in finite)]
+    return sorted(front, key=lambda index: (points[index][1], index))
+
+
+def _beats(first: tuple[float, float], second: tuple[float, float]) -> bool:
+    return first != second and first[0] <= second[0] and first[1] <= second[1]

@@ -1,0 +1,192 @@
+"""How the trials of a sweep ended: read from their run folders, shown as a table, kept as `sweep.json`."""
+
+import json
+import math
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from distcond.cluster.search_space import pareto_front
+from distcond.config import Config, DataName
+
+STEPS = "val/ponder/steps"
+"Mean ponder steps executed on the validation set."
+RESULT_FILE = "sweep.json"
+
+
+class Status(StrEnum):
+    """How a trial ended."""
+
+    finished = "finished"
+    stopped = "stopped"
+    failed = "failed"
+    not_run = "not run"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A planned trial: a run of its own."""
+
+    name: str
+    overrides: dict[str, Any]
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        """Absolute run folder."""
+        return Path(self.config.run.dir) / self.config.run.name
+
+    @property
+    def error_file(self) -> Path:
+        """Why it failed, in one line; among the logs of the sweep, for its folder may belong to another run."""
+        return Path(self.config.run.dir) / "logs" / f"{self.name}.error"
+
+    def count_parameters(self) -> int:
+        """Parameters of the model, if every node of its trees comes to exist."""
+        from distcond.train.plan import cost_of  # imports torch, which the plan of a sweep does not need
+
+        cost = cost_of(self.config)
+        return cost.dense_parameters + cost.node_parameters
+
+
+@dataclass(slots=True)
+class Memory:
+    """Names of the trials that have started, of those of them that have ended, and of those that failed, so far."""
+
+    started: set[str] = field(default_factory=set)
+    ended: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
+
+    @property
+    def running(self) -> set[str]:
+        """Names of the trials that run."""
+        return self.started - self.ended
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A trial that has ended; a figure it never reached is None."""
+
+    name: str
+    overrides: dict[str, Any]
+    status: Status
+    steps: int
+    quality: float | None
+    ponder_steps: float | None
+    parameters: int
+    folder: str
+    error: str | None
+
+    @property
+    def command(self) -> str:
+        """The line that runs this trial by itself; a stopped one goes on."""
+        return f"distcond train --config {shlex.quote(f'{self.folder}/config.yaml')}"
+
+
+def quality_metric(config: Config) -> str:
+    """The validation figure that a run is judged by, smaller is better."""
+    return "val/bpb" if config.data.name in {DataName.stdlib, DataName.text, DataName.hf} else "val/sequence_error"
+
+
+def read_outcome(trial: Trial, memory: Memory) -> Outcome:
+    """What a trial's run folder says. Truth is in metrics.jsonl: Tune sees only what reached it in time."""
+    rows = _read_rows(trial.folder / "metrics.jsonl")
+    quality = quality_metric(trial.config)
+    validated: dict[str, Any] = next((row for row in reversed(rows) if quality in row), {})
+    steps = max((int(row["step"]) for row in rows), default=0)
+    status, error = Status.not_run, None
+    if trial.name in memory.failed:
+        status, error = Status.failed, _read_error(trial.error_file)
+    elif steps >= trial.config.train.max_steps:
+        status = Status.finished
+    elif trial.name in memory.started:
+        status = Status.stopped
+    return Outcome(
+        name=trial.name,
+        overrides=trial.overrides,
+        status=status,
+        steps=steps,
+        quality=validated.get(quality),
+        ponder_steps=validated.get(STEPS),
+        parameters=trial.count_parameters(),
+        folder=str(trial.folder),
+        error=error,
+    )
+
+
+def _read_rows(file: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl; the last line may be cut short where the trial was stopped in the middle of it."""
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _read_error(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.is_file() else "its process died"
+
+
+def best(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The Pareto front of quality against executed steps, over trials that did not fail, cheapest first."""
+    judged = [
+        (outcome, (outcome.quality, outcome.ponder_steps))
+        for outcome in outcomes
+        if outcome.status != Status.failed and outcome.quality is not None and outcome.ponder_steps is not None
+    ]
+    return [judged[index][0] for index in pareto_front([point for _, point in judged])]
+
+
+def save(file: Path, name: str, quality: str, outcomes: Sequence[Outcome]) -> None:
+    """Write `sweep.json`: everything the table shows, and the space as it was run."""
+    front = [outcome.name for outcome in best(outcomes)]
+    trials = [{**asdict(outcome), "command": outcome.command, "pareto": outcome.name in front} for outcome in outcomes]
+    text = json.dumps({"name": name, "quality": quality, "steps": STEPS, "pareto": front, "trials": trials}, indent=2)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(f"{text}\n", encoding="utf-8")
+    temporary.replace(file)
+
+
+def show(console: Console, folder: Path, quality: str, outcomes: Sequence[Outcome]) -> None:
+    """All trials as a table; the Pareto front of quality against executed steps; failures with their logs."""
+    front = best(outcomes)
+    keys = list(dict.fromkeys(key for outcome in outcomes for key in outcome.overrides))
+    title = f"{len(outcomes)} trials; * no other is both better and cheaper"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ["", *(key.rpartition(".")[2] for key in keys), "status"]:
+        table.add_column(column, overflow="fold")
+    for column in ("step", quality, "ponder steps", "parameters"):
+        table.add_column(column, overflow="fold", justify="right")
+    for outcome in sorted(outcomes, key=lambda outcome: math.inf if outcome.quality is None else outcome.quality):
+        values = [str(outcome.overrides.get(key, "")) for key in keys]
+        numbers = [_number(value) for value in (outcome.steps, outcome.quality, outcome.ponder_steps, outcome.parameters)]
+        table.add_row("*" if outcome in front else "", *values, outcome.status, *numbers)
+    console.print(table)
+    _show_lines(console, "Best for their number of steps:", (_front_line(outcome, quality) for outcome in front))
+    failed = [outcome for outcome in outcomes if outcome.status == Status.failed]
+    _show_lines(console, "Failed:", (f"{outcome.name}: {outcome.error} (logs: {outcome.folder}/logs)" for outcome in failed))
+    _show_lines(console, f"All of it: {folder / RESULT_FILE}", ())
+
+
+def _show_lines(console: Console, title: str, lines: Iterable[str]) -> None:
+    lines = list(lines)
+    if lines or not title.endswith(":"):
+        console.print("\n".join([title, *(f"  {line}" for line in lines)]), markup=False, highlight=False, soft_wrap=True)
+
+
+def _front_line(outcome: Outcome, quality: str) -> str:
+    early = f", stopped at step {outcome.steps}" if outcome.status == Status.stopped else ""
+    figures = f"{quality} {_number(outcome.quality)} at {_number(outcome.ponder_steps)} ponder steps"
+    return f"{figures}{early}: {outcome.command}"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) and value < 10**12 else f"{value:.4g}"

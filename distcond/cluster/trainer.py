@@ -1,0 +1,254 @@
+"""The whole of `distcond train`: a run folder, Ray, one worker per rank, and three closing lines on the screen."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import psutil
+from rich.console import Console
+
+from distcond.cluster.local import preflight, ray_session
+from distcond.cluster.policy import ask_of, failure_line, threads_per_worker
+from distcond.cluster.progress import Progress, Tail, duration
+from distcond.compose import load_config, override, save_config, to_dict
+from distcond.config import Config
+from distcond.data import absolute_paths, build_task
+from distcond.train.deepspeed_options import deepspeed_options
+from distcond.train.run_folder import RunFolder, check_continues
+
+if TYPE_CHECKING:
+    from distcond.cluster.controller import Job
+
+# NOTE: Ray is imported inside the functions, so that what cannot run is refused in less time than its import takes.
+
+POLL_INTERVAL_S = 0.1
+STATUS_INTERRUPTED = 130
+"Exit status after a second Ctrl-C, as shells have it."
+RESTARTS = "restarts.log"
+"In the folder of logs: a line for the user at each restart of the workers."
+
+
+class TrainingError(RuntimeError):
+    """A run that failed for a reason which is not the user's; the message names the log to read."""
+
+
+def name_run(config: Config) -> Config:
+    """The configuration with an absolute run.dir and a run.name (`<model>-<data>-<yyyymmdd-hhmmss>` where it was empty)."""
+    name = config.run.name or f"{config.model.name}-{config.data.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return override(config, {"run.dir": str(Path(config.run.dir).expanduser().resolve()), "run.name": name})
+
+
+def prepare_run(config: Config) -> Path:
+    """Create the run folder of a named configuration, or check that this configuration continues what is in it.
+
+    Raises RunError where another process writes to it, or where it holds a different run.
+    """
+    folder = run_folder(config)
+    with folder.locked():
+        if folder.config_file.exists():
+            check_continues(load_config(folder.config_file), config, folder.path)
+        folder.logs.mkdir(exist_ok=True)
+        folder.stop_file.unlink(missing_ok=True)
+        save_config(config, folder.config_file)
+    return folder.path
+
+
+def run_folder(config: Config) -> RunFolder:
+    """The folder of a named configuration."""
+    return RunFolder(Path(config.run.dir) / config.run.name)
+
+
+def fit(
+    config: Config,
+    *,
+    report: bool = False,
+    callbacks: Sequence[Any] = (),
+    wait_for: Callable[[str], None] = lambda what: None,
+) -> dict[str, Any]:
+    """Train a prepared run on Ray Train workers of the Ray that is already there; returns the summary of rank 0.
+
+    report: for a trial of Tune: hand every validation row to `callbacks` (`[TuneReportCallback()]`), which rank 0 does
+    by itself; and expect to be killed at any time. wait_for: told what the run is waiting for.
+    Raises the UserError of a worker as it was, and TrainingError, naming the log, for any other failure.
+    """
+    import ray
+
+    from distcond.cluster.controller import Job, start_controller
+    from distcond.cluster.worker import Rank, ignore
+
+    folder, ask = run_folder(config), ask_of(config.cluster)
+    started_file = folder.logs / "started"
+    rank = Rank(
+        config=config,
+        settings=to_dict(config),
+        num_threads=threads_per_worker(ask),
+        on_validation=partial(_report, callbacks) if report else ignore,
+        started_file=started_file,
+    )
+    job = Job(
+        train=rank.train,
+        join=rank.join,
+        ask=ask,
+        max_failures=config.cluster.max_failures,
+        logs=folder.logs,
+        started_file=started_file,
+        restarts_file=folder.logs / RESTARTS,
+        metrics=folder.metrics,
+        is_trial=report,
+    )
+    with folder.locked():
+        shutil.rmtree(folder.logs / "ray", ignore_errors=True)
+        started_file.unlink(missing_ok=True)
+        wait_for(f"{ask.num_workers} workers")
+        controller, outcome = start_controller(job)
+        try:
+            return _follow(job, folder, outcome, wait_for)
+        finally:
+            ray.kill(controller)
+            started_file.unlink(missing_ok=True)
+
+
+def _follow(job: "Job", folder: RunFolder, outcome: Any, wait_for: Callable[[str], None]) -> dict[str, Any]:
+    """Wait for the end. A request to stop that comes before training has begun has nothing to save."""
+    import ray
+    from ray.exceptions import RayError
+
+    is_training = False
+    while not ray.wait([outcome], timeout=POLL_INTERVAL_S)[0]:
+        if job.started_file.exists() != is_training:
+            is_training = not is_training
+            wait_for("the first figures" if is_training else f"{job.ask.num_workers} workers")
+        if not is_training and folder.stop_file.exists():
+            before = json.loads(folder.summary_file.read_text()) if folder.summary_file.exists() else {}
+            return {**before, "stopped": True}
+    try:
+        end = ray.get(outcome)
+    except RayError as error:
+        raise TrainingError(f"the process that watches the workers failed; see {folder.logs}.") from error
+    if end.user_error is not None:
+        raise end.user_error
+    if end.error:
+        what = failure_line(end.failures) if end.failures else end.error.splitlines()[-1]
+        log = f"rank_{min(end.failures)}.log" if end.failures else "ray_driver.log"
+        raise TrainingError(f"{what}; see {folder.logs / log}.")
+    summary: dict[str, Any] = end.summary
+    return summary
+
+
+def _report(callbacks: Sequence[Any], row: dict[str, float]) -> None:
+    for callback in callbacks:
+        callback.after_report(run_context=None, metrics=[row], checkpoint=None)
+
+
+def launch(config: Config) -> dict[str, Any]:
+    """The whole of `distcond train`; returns the summary.
+
+    One SIGINT or SIGTERM saves a checkpoint and ends in KeyboardInterrupt, a second one ends the process at once.
+    Raises UserError for what the user can mend and TrainingError for any other failure.
+    """
+    start = time.monotonic()
+    deepspeed_options(config)  # refuses what the workers would refuse
+    preflight(config.cluster)
+    config = name_run(config)
+    config = replace(config, data=absolute_paths(config.data))  # workers run in other folders
+    prepare_run(config)
+    build_task(config.data)  # prepares a text, or refuses it, before anything is started
+    folder, console = run_folder(config), Console()
+    has_ray = threading.Event()
+    with _signals() as count_signals, Progress(console, folder.metrics, config.train.max_steps) as progress:
+        run = _in_thread(partial(_run, config, progress.wait_for, has_ray))
+        restarts = Tail(folder.logs / RESTARTS)
+        while not wait([run], POLL_INTERVAL_S).done:
+            progress.poll()
+            for line in restarts.read():
+                progress.note(line)
+            num_signals = count_signals()
+            if num_signals > (1 if has_ray.is_set() else 0):
+                _end_at_once(progress)
+            if num_signals and not folder.stop_file.exists():
+                folder.stop_file.touch()
+                progress.note("Stopping, after this step and a checkpoint; once more stops at once, without them.")
+    summary = run.result()
+    for line in closing_lines(folder.path, summary, config.train.max_steps, time.monotonic() - start):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if summary.get("stopped"):
+        raise KeyboardInterrupt
+    return summary
+
+
+def closing_lines(path: Path, summary: Mapping[str, Any], max_steps: int, seconds: float) -> list[str]:
+    """Where the run is, its best validation figure, the next command to try."""
+    shown = os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+    step, best = summary.get("step", 0), summary.get("best")
+    figure = f"{best['metric']} {best['value']:.4g} at step {best['step']}" if best else "no validation yet"
+    again = f"distcond train --config {shlex.quote(f'{shown}/config.yaml')}"
+    return [
+        f"run   {shown} (step {step} of {max_steps}, {duration(seconds)})",
+        f"best  {figure}",
+        f"next  {again if summary.get('stopped') else f'distcond evaluate {shlex.quote(shown)}'}",
+    ]
+
+
+def _run(config: Config, wait_for: Callable[[str], None], has_ray: threading.Event) -> dict[str, Any]:
+    wait_for("Ray")
+    with ray_session(config.cluster, run_folder(config).logs):
+        has_ray.set()
+        return fit(config, wait_for=wait_for)
+
+
+def _in_thread(task: Callable[[], dict[str, Any]]) -> Future[dict[str, Any]]:
+    """Run a task beside the main thread, which alone hears signals. The thread does not keep the process alive."""
+    future: Future[dict[str, Any]] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(task())
+        except BaseException as error:  # noqa: BLE001 - raised again by whoever asks for the result
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="run", daemon=True).start()
+    return future
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], int]]:
+    """Catches SIGINT and SIGTERM; yields a function that says how many there were.
+
+    NOTE: it has to be called often, for Ray puts a handler of its own in place once it has started.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.getsignal(number) for number in numbers}
+    received: list[int] = []
+
+    def listen() -> int:
+        for number in numbers:
+            signal.signal(number, lambda number, frame: received.append(number))
+        return len(received)
+
+    try:
+        listen()
+        yield listen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_at_once(progress: Progress) -> NoReturn:
+    """Kill all that this process has started, then the process, which may be inside of Ray and unable to end itself."""
+    progress.note("Stopped at once.")
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    progress.close()
+    os._exit(STATUS_INTERRUPTED)

@@ -1,0 +1,95 @@
+"""What runs in each Ray Train worker: one rank of a run."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from distcond.cluster.feeder import RayFeeder
+from distcond.config import Config
+from distcond.train.run_folder import RunFolder
+
+# NOTE: what is imported inside the functions is for the worker alone: Ray Train, which the driver does not need, and, once
+# the process has the environment that they read and the log file that they write to, torch and the training loop.
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"How long a rank waits for the others, e.g. while rank 0 writes a large checkpoint."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """What every worker is told; its number it learns from Ray."""
+
+    config: Config
+    settings: dict[str, Any]
+    "The configuration as plain containers."
+    num_threads: int
+    on_validation: Callable[[dict[str, float]], None]
+    "Called on rank 0 with each row of validation metrics."
+    started_file: Path
+    "Created by rank 0 when training begins."
+
+    def join(self, address: str, port: int) -> None:
+        """Become one of the ranks: own log file, environment, threads, process group with rank 0 at address:port."""
+        import ray.train
+
+        context = ray.train.get_context()
+        rank, world_size = context.get_world_rank(), context.get_world_size()
+        _log_to(_folder(self.config).logs / f"rank_{rank}.log", rank)
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR=address, MASTER_PORT=str(port))
+        os.environ.update(LOCAL_RANK=str(context.get_local_rank()), LOCAL_WORLD_SIZE=str(context.get_local_world_size()))
+        has_gpu = self.config.cluster.gpus_per_worker > 0
+        os.environ["DS_ACCELERATOR"] = "cuda" if has_gpu else "cpu"
+        if not has_gpu:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+        import torch
+
+        torch.set_num_threads(self.num_threads)
+        if has_gpu:
+            torch.cuda.set_device(context.get_local_rank())
+        torch.distributed.init_process_group("nccl" if has_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT)
+
+    def train(self) -> dict[str, Any]:
+        """Run the training loop; returns the summary. UserErrors pass as they are."""
+        import ray.train
+
+        context = ray.train.get_context()
+        rank = context.get_world_rank()
+        feeder = RayFeeder(self.config, rank, context.get_world_size())
+        folder = _folder(self.config)
+        try:
+            import torch
+
+            from distcond.train.loop import run_training
+
+            if rank == 0:
+                self.started_file.touch()
+            summary = run_training(self.config, folder, feeder, self.on_validation if rank == 0 else ignore, self.settings)
+            torch.distributed.destroy_process_group()
+            return summary
+        finally:
+            feeder.close()
+
+
+def _folder(config: Config) -> RunFolder:
+    return RunFolder(Path(config.run.dir) / config.run.name)
+
+
+def ignore(row: dict[str, float]) -> None:
+    """Rank 0 speaks for all."""
+
+
+def _log_to(file: Path, rank: int) -> None:
+    """Send what this process and its libraries print, warn and log into a file, whatever they print it with."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, sys.stdout.fileno())
+    os.dup2(descriptor, sys.stderr.fileno())
+    os.close(descriptor)
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s", force=True)

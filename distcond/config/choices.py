@@ -1,0 +1,87 @@
+"""The closed choices of a configuration, with what each one means."""
+
+from enum import StrEnum
+
+
+class ModelName(StrEnum):
+    """The model families."""
+
+    transformer = "transformer"
+    rnn = "rnn"
+
+
+class CellName(StrEnum):
+    """The recurrent cells of `model=rnn`."""
+
+    tanh = "tanh"
+    lstm = "lstm"
+
+
+class GateName(StrEnum):
+    """How a tree layer computes its bits (design: `TreeLinear`)."""
+
+    linear = "linear"
+    hash = "hash"
+
+
+class GateGradient(StrEnum):
+    """How the gating units learn."""
+
+    straight_through = "straight_through"
+    none = "none"
+
+
+class Storage(StrEnum):
+    """Where the node matrices live: plain parameters, or a table that grows with the nodes the data visits."""
+
+    dense = "dense"
+    lazy = "lazy"
+
+
+class HaltingKind(StrEnum):
+    """Who decides the number of ponder steps."""
+
+    none = "none"
+    fixed = "fixed"
+    act = "act"
+
+
+class DataName(StrEnum):
+    """The data sets."""
+
+    stdlib = "stdlib"
+    text = "text"
+    hf = "hf"
+    parity = "parity"
+    logic = "logic"
+
+
+class Precision(StrEnum):
+    """Arithmetic of the dense part; node tables, gates and halting sums are always fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Schedule(StrEnum):
+    """Shape of the learning rate after warm-up."""
+
+    constant = "constant"
+    cosine = "cosine"
+
+
+class TrackingMode(StrEnum):
+    """What wandb does. `auto` is online where a key is present, else offline."""
+
+    auto = "auto"
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"
+
+
+class ClusterName(StrEnum):
+    """Where `distcond submit` sends a run. `local` is this machine."""
+
+    local = "local"
+    ray = "ray"
+    slurm = "slurm"

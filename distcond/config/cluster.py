@@ -1,0 +1,69 @@
+"""Configuration of where a run runs, and of searches over runs."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from distcond.config.check import need
+from distcond.config.choices import ClusterName
+
+
+@dataclass(kw_only=True, slots=True)
+class ClusterConfig:
+    """Where a run runs and how node tables are spread over its ranks."""
+
+    name: ClusterName = ClusterName.local
+    "local: a Ray started for this run. ray: a running cluster. slurm: a batch script."
+    address: str = ""
+    "ray: address of the cluster: its dashboard for submit (http://host:8265). Empty: RAY_ADDRESS."
+    num_workers: int = 2
+    "Ranks; >= 1."
+    cpus_per_worker: float = 1.0
+    "CPU cores reserved per rank; > 0."
+    gpus_per_worker: float = 0.0
+    "GPUs reserved per rank; >= 0."
+    expert_parallel_size: int | None = None
+    "E, the ranks that share one copy of a node table; divides num_workers; null: all of them."
+    shard_level: int | None = None
+    "s: levels above s are replicated, each subtree below lives on one rank; null: the least s with 2**s >= 4 E. Placement only."
+    max_failures: int = 3
+    "Restarts of the workers after a crash before the run gives up; >= 0."
+    partition: str = ""
+    "slurm: partition; empty: the cluster's default."
+    time_limit: str = "04:00:00"
+    "slurm: wall-clock limit, HH:MM:SS."
+
+    def __post_init__(self) -> None:
+        need(self.num_workers >= 1, f"cluster.num_workers={self.num_workers} is below 1; use 1 or more.")
+        need(self.cpus_per_worker > 0, f"cluster.cpus_per_worker={self.cpus_per_worker} is not positive.")
+        need(self.gpus_per_worker >= 0, f"cluster.gpus_per_worker={self.gpus_per_worker} is negative.")
+        need(self.max_failures >= 0, f"cluster.max_failures={self.max_failures} is negative; use 0 or more.")
+        size = self.expert_parallel_size
+        need(
+            size is None or (size >= 1 and self.num_workers % size == 0),
+            f"cluster.expert_parallel_size={size} does not divide cluster.num_workers={self.num_workers}.",
+        )
+        level = self.shard_level
+        need(level is None or 0 <= level <= 20, f"cluster.shard_level={level} is outside 0..20.")
+
+
+@dataclass(kw_only=True, slots=True)
+class SweepConfig:
+    """A search over overrides of the run, by Ray Tune."""
+
+    name: str = ""
+    "Name of the sweep's folder under run.dir; empty: made from the time."
+    space: dict[str, Any] = field(default_factory=dict)
+    "Dotted key -> list (grid) or {min, max, scale: linear|log} (range)."
+    num_samples: int = 1
+    "Samples of the ranges, each crossed with the whole grid; >= 1."
+    asha_grace: float = 0.25
+    "Share of train.max_steps that every trial gets before ASHA may stop it; in (0, 1]."
+    asha_reduction: int = 2
+    "Of the trials at a rung, one in this many goes on; >= 2."
+    max_concurrent: int | None = None
+    "Trials at once; null: as many as the cluster has room for."
+
+    def __post_init__(self) -> None:
+        need(self.num_samples >= 1, f"sweep.num_samples={self.num_samples} is below 1; use 1 or more.")
+        need(0 < self.asha_grace <= 1, f"sweep.asha_grace={self.asha_grace} is outside (0, 1].")
+        need(self.asha_reduction >= 2, f"sweep.asha_reduction={self.asha_reduction} is below 2; use 2 or more.")

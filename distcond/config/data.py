@@ -1,0 +1,48 @@
+"""Configuration of the data."""
+
+from dataclasses import dataclass, field
+
+from distcond.config.check import need
+from distcond.config.choices import DataName
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Where examples come from. The global batch of step t is a pure function of (seed, t)."""
+
+    name: DataName = DataName.stdlib
+    "stdlib: the running Python's sources. text: local files as bytes. hf: a Hugging Face data set. parity, logic: Graves 2016."
+    files: list[str] = field(default_factory=list)
+    "text, hf: paths or globs of local files."
+    path: str = ""
+    "hf: data set name on the hub, or a builder for local files (json, parquet, csv, text)."
+    column: str = "text"
+    "hf: the column that holds the text."
+    cache_dir: str = "~/.cache/distcond"
+    "Where prepared corpora are kept."
+    global_batch_size: int = 32
+    "Examples per optimiser step, over all ranks and accumulation steps; >= 1."
+    context: int = 128
+    "Bytes of context per example; >= 1 (stdlib, text, hf)."
+    validation_fraction: float = 0.05
+    "Share of the files (text, stdlib) or rows (hf) held out, chosen by a hash of their path or number; in (0, 1)."
+    validation_examples: int = 256
+    "Examples of the fixed validation set; >= 1."
+    num_bits: int = 64
+    "Length of a parity vector; >= 1."
+    max_length: int = 10
+    "Longest logic sequence; >= 1."
+    max_gates: int = 10
+    "Most logic gates per vector; 1 to 10."
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch_size", "context", "validation_examples", "num_bits", "max_length"):
+            value = getattr(self, name)
+            need(value >= 1, f"data.{name}={value} is below 1; use 1 or more.")
+        need(1 <= self.max_gates <= 10, f"data.max_gates={self.max_gates} is outside 1..10; Graves 2016 has ten gates.")
+        need(
+            0 < self.validation_fraction < 1,
+            f"data.validation_fraction={self.validation_fraction} is outside (0, 1); e.g. 0.05 holds out a twentieth.",
+        )
+        need(self.name != DataName.text or bool(self.files), "data.files is empty; name files, e.g. data.files=[corpus/*.txt].")
+        need(self.name != DataName.hf or bool(self.path), "data.path is empty; name a data set, e.g. data.path=wikitext.")

@@ -1,0 +1,88 @@
+"""Configuration of a model: the tree of weights and the number of ponder steps are part of every one."""
+
+from dataclasses import dataclass, field
+
+from distcond.config.check import need
+from distcond.config.choices import CellName, GateGradient, GateName, HaltingKind, ModelName, Storage
+
+
+@dataclass(kw_only=True, slots=True)
+class TreeConfig:
+    """The tree of weight matrices (Cho & Bengio 2014). `depth: 0` is an ordinary dense layer."""
+
+    depth: int = 0
+    "K, the number of bits that choose a leaf; 2**K leaves; 0 to 62."
+    full_depth: int | None = None
+    "Levels up to this one hold full matrices, deeper ones low-rank factors; >= 0; null: every level is full."
+    rank: int = 8
+    "r, the rank of the factors below full_depth; >= 1."
+    gate: GateName = GateName.linear
+    "linear: K learned gating units. hash: K fixed random hyperplanes (the control)."
+    gate_gradient: GateGradient = GateGradient.straight_through
+    "straight_through: gates learn as if a bit were tanh|g|. none: gates do not learn."
+    storage: Storage = Storage.lazy
+    "lazy: nodes exist once data reached them, sharded over ranks. dense: ordinary parameters, every node exists."
+
+    @property
+    def deepest_full_level(self) -> int:
+        """The deepest level that holds full matrices: full_depth where the tree is that deep."""
+        return self.depth if self.full_depth is None else min(self.full_depth, self.depth)
+
+    def __post_init__(self) -> None:
+        need(0 <= self.depth <= 62, f"model.tree.depth={self.depth} is outside 0..62; node ids are 64-bit integers.")
+        full = self.full_depth
+        need(full is None or full >= 0, f"model.tree.full_depth={full} is negative; use 0 or more, or null for all levels.")
+        need(self.rank >= 1, f"model.tree.rank={self.rank} is below 1; use 1 or more.")
+        need(
+            self.storage == Storage.lazy or self.depth <= 20,
+            f"model.tree.depth={self.depth} with storage=dense would hold 2**{self.depth + 1} - 1 matrices; use storage=lazy.",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class HaltingConfig:
+    """How many ponder steps an input is worth (Graves 2016)."""
+
+    kind: HaltingKind = HaltingKind.none
+    "none: one step. fixed: max_steps for everyone (the control). act: each input decides."
+    max_steps: int = 100
+    "M, the most ponder steps; >= 1."
+    epsilon: float = 0.01
+    "An input halts once its halting probabilities sum to 1 - epsilon; in (0, 1)."
+    time_penalty: float = 1.0e-3
+    "tau, the weight of the ponder cost N + R in the loss; >= 0."
+    halting_bias: float = 1.0
+    "Initial bias of the halting unit; 1 starts at about two steps."
+
+    def __post_init__(self) -> None:
+        need(self.max_steps >= 1, f"model.halting.max_steps={self.max_steps} is below 1; use 1 or more.")
+        need(0 < self.epsilon < 1, f"model.halting.epsilon={self.epsilon} is outside (0, 1); Graves uses 0.01.")
+        need(self.time_penalty >= 0, f"model.halting.time_penalty={self.time_penalty} is negative; use 0 or more.")
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """A model; both research axes, `tree` and `halting`, are part of every one."""
+
+    name: ModelName = ModelName.transformer
+    "transformer: one weight-tied causal block over bytes. rnn: a recurrent cell."
+    width: int = 128
+    "Size of the state of a position (transformer) or of the recurrent state (rnn); >= 1."
+    heads: int = 4
+    "Attention heads; divides width (transformer)."
+    feed_forward: int = 512
+    "Hidden units of the feed-forward part, whose first matrix is the tree (transformer); >= 1."
+    cell: CellName = CellName.tanh
+    "Recurrent cell, whose matrix is the tree (rnn)."
+    tree: TreeConfig = field(default_factory=TreeConfig)
+    "The tree of weights."
+    halting: HaltingConfig = field(default_factory=HaltingConfig)
+    "The number of ponder steps."
+
+    def __post_init__(self) -> None:
+        need(self.width >= 1, f"model.width={self.width} is below 1; use 1 or more.")
+        need(self.feed_forward >= 1, f"model.feed_forward={self.feed_forward} is below 1; use 1 or more.")
+        need(
+            self.name != ModelName.transformer or (self.heads >= 1 and self.width % self.heads == 0),
+            f"model.width={self.width} is not divisible by model.heads={self.heads}; use a number of heads that divides it.",
+        )

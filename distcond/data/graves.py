@@ -1,0 +1,134 @@
+"""The generated tasks of Graves 2016 (arXiv 1603.08983, section 3): parity and logic.
+
+Shapes: B examples, T time steps, G gates of a vector.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from distcond.data.batch import TRAINING, VALIDATION, Batch, generator, select
+
+NUM_GATES = 10
+"Kinds of gates, and the most gates of one logic vector."
+TRUTH_COLUMNS = {  # value for PQ = TT, TF, FT, FF (table 1)
+    "NOR": "FFFT",
+    "Xq": "FFTF",
+    "ABJ": "FTFF",
+    "XOR": "FTTF",
+    "NAND": "FTTT",
+    "AND": "TFFF",
+    "XNOR": "TFFT",
+    "if/then": "TFTT",
+    "then/if": "TTFT",
+    "OR": "TTTF",
+}
+TRUTH = np.array([[c == "T" for c in column] for column in TRUTH_COLUMNS.values()]).reshape(NUM_GATES, 2, 2)[:, ::-1, ::-1]
+"bool [gate, P, Q]."
+
+VALIDATION_BLOCK = 256
+"Validation rows are drawn in blocks of this many, so that row i is the same however many are asked for."
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedTask:
+    """A task whose examples are drawn, not read."""
+
+    name: str
+    input_size: int
+    output_size: int
+    max_length: int
+    "T, time steps that every batch is padded to."
+    draw: Callable[[np.random.Generator, int], Batch]
+    "So many fresh examples."
+    options: dict[str, int]
+    "What else decides the examples, for the fingerprint."
+    kind: str = "vectors"
+
+    def rows(self, seed: int, step: int, size: int, part: slice = slice(None)) -> Batch:
+        """Rows `part` of the global batch `step`, which has `size` rows."""
+        return select(self.draw(generator(seed, step, TRAINING), size), part)
+
+    def validation_rows(self, start: int, size: int) -> Batch:
+        """Rows start..start+size of the fixed validation set, which depends on no seed; `global_count` is `size`."""
+        first = start // VALIDATION_BLOCK
+        last = max(first, (start + size - 1) // VALIDATION_BLOCK)
+        blocks = [self.draw(generator(0, step, VALIDATION), VALIDATION_BLOCK) for step in range(first, last + 1)]
+        rows = slice(start - first * VALIDATION_BLOCK, start + size - first * VALIDATION_BLOCK)
+        return Batch(
+            np.concatenate([block.inputs for block in blocks])[rows],
+            np.concatenate([block.targets for block in blocks])[rows],
+            np.concatenate([block.lengths for block in blocks])[rows],
+            size,
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the data is; numpy's version counts because its streams may change between versions (NEP 19)."""
+        return {"name": self.name, **self.options, "numpy": np.__version__}
+
+
+def parity(num_bits: int) -> GeneratedTask:
+    """Is the number of ones in a vector odd?
+
+    inputs [B, 1, num_bits]: a random number of entries, 1 to num_bits, are +1 or -1, the others 0.
+    targets [B, 1, 1]: 1 if the number of entries equal to +1 is odd, else 0. The paper says "an odd number of ones"
+    and names the entries "1 or -1", so a -1 is not a one; this is also how others have rebuilt the task.
+    """
+
+    def draw(rng: np.random.Generator, size: int) -> Batch:
+        counts = rng.integers(1, num_bits + 1, (size, 1))
+        chosen = rng.random((size, num_bits)).argsort(axis=1) < counts
+        signs = 2 * rng.integers(0, 2, (size, num_bits)) - 1
+        inputs = np.where(chosen, signs, 0)
+        targets = (inputs == 1).sum(axis=1) % 2
+        return Batch(
+            inputs[:, None, :].astype(np.float32),
+            targets[:, None, None].astype(np.float32),
+            np.ones(size, np.int64),
+            size,
+        )
+
+    return GeneratedTask("parity", num_bits, 1, 1, draw, {"num_bits": num_bits})
+
+
+def logic(max_length: int, max_gates: int) -> GeneratedTask:
+    """What does a chain of logic gates give, over and over?
+
+    inputs [B, T, 102]: 1 to max_length vectors, two bits b_0, b_1 and ten chunks that hold one gate each, one-hot of ten;
+    1 to max_gates chunks are used, the rest is 0. From the second vector on, b_0 is the previous target and shown as 0.
+    targets [B, T, 1]: b_{n+1} of the last gate n, where b_{i+1} = T_i(b_i, b_{i-1}), so P = b_i and Q = b_{i-1}.
+    """
+
+    def draw(rng: np.random.Generator, size: int) -> Batch:
+        lengths = rng.integers(1, max_length + 1, size)
+        bits_BT2 = rng.integers(0, 2, (size, max_length, 2))
+        bits_BT2[:, 1:, 0] = 0
+        gates_BTG = rng.integers(0, NUM_GATES, (size, max_length, max_gates))
+        used_BTG = np.arange(max_gates) < rng.integers(1, max_gates + 1, (size, max_length, 1))
+        one_hot = np.eye(NUM_GATES)[gates_BTG] * used_BTG[..., None]
+
+        inputs = np.zeros((size, max_length, 2 + NUM_GATES * NUM_GATES), np.float32)
+        inputs[..., :2] = bits_BT2
+        inputs[..., 2 : 2 + max_gates * NUM_GATES] = one_hot.reshape(size, max_length, -1)
+        targets = _evaluate(bits_BT2, gates_BTG, used_BTG)[..., None].astype(np.float32)
+
+        counts = (np.arange(max_length) < lengths[:, None])[..., None]
+        return Batch(inputs * counts, targets * counts, lengths, size)
+
+    options = {"max_length": max_length, "max_gates": max_gates}
+    return GeneratedTask("logic", 2 + NUM_GATES * NUM_GATES, 1, max_length, draw, options)
+
+
+def _evaluate(bits_BT2: np.ndarray, gates_BTG: np.ndarray, used_BTG: np.ndarray) -> np.ndarray:
+    """Result of each vector's chain of gates, int64 [B, T]; the used gates of a vector are its first ones."""
+    results_BT = np.empty(bits_BT2.shape[:2], np.int64)
+    result = bits_BT2[:, 0, 0]
+    for t in range(bits_BT2.shape[1]):
+        older, newer = result, bits_BT2[:, t, 1]
+        for g in range(gates_BTG.shape[2]):
+            used, output = used_BTG[:, t, g], TRUTH[gates_BTG[:, t, g], newer, older]
+            older, newer = np.where(used, newer, older), np.where(used, output, newer)
+        results_BT[:, t] = result = newer
+    return results_BT

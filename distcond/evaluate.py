@@ -1,0 +1,96 @@
+"""`distcond evaluate RUN`: a checkpoint measured in this process, without Ray or DeepSpeed."""
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distcond.compose import load_config
+from distcond.config import Config
+from distcond.data.batches import LocalFeeder, num_validation_batches
+from distcond.errors import RunError
+from distcond.nn.model import SUMS, Learner, build_learner
+from distcond.train.checkpoint import latest_checkpoint, read_dense, read_state, verified
+from distcond.train.metrics import ponder, quality
+from distcond.train.plan import cost_of
+from distcond.train.run_folder import RunFolder, write_json
+from distcond.train.state import tensors
+from distcond.train.table_files import load_tables
+
+LATENCY_REPEATS = 20
+"Single examples timed, after one that warms up."
+
+
+def evaluate(run: Path, step: int | None = None) -> dict[str, Any]:
+    """Quality on the validation set, ponder steps, MACs and latency of a run; also written to RUN/eval/step_<N>.json.
+
+    step: which checkpoint; None: the newest. Raises RunError where there is no run or no such checkpoint.
+    """
+    folder = RunFolder(run)
+    if not folder.config_file.exists():
+        raise RunError(f"{run} is not a run folder (no config.yaml); give the folder of a run, e.g. runs/NAME.")
+    config = load_config(folder.config_file)
+    checkpoint = _checkpoint(folder, step)
+    feeder = LocalFeeder(config, rank=0, world_size=1)
+    learner = load_learner(checkpoint, config, feeder)
+    sums = _validation_sums(learner, config, feeder)
+    steps = ponder(sums, "val/ponder")
+    result = {
+        "step": read_state(checkpoint)["step"],
+        **quality(sums, is_text=learner.is_text, prefix="val"),
+        **steps,
+        "macs_per_position": cost_of(config).macs(steps["val/ponder/steps"]),
+        "latency_ms": _latency_ms(learner, feeder),
+    }
+    (folder.path / "eval").mkdir(exist_ok=True)
+    write_json(folder.path / "eval" / f"step_{result['step']:08d}.json", result)
+    return result
+
+
+def load_learner(checkpoint: Path, config: Config, feeder: LocalFeeder) -> Learner:
+    """The model of a checkpoint, whole, in evaluation mode."""
+    task = feeder.task
+    learner = build_learner(config.model, is_text=task.kind == "bytes", input_size=task.input_size, output_size=task.output_size)
+    dense = read_dense(checkpoint, learner)
+    with torch.no_grad():
+        for name, parameter in learner.named_parameters():
+            parameter.copy_(dense[f"{name}/weight"])
+    load_tables(checkpoint, learner)
+    return learner.eval()
+
+
+def _checkpoint(folder: RunFolder, step: int | None) -> Path:
+    if step is not None:
+        chosen = folder.checkpoints / f"step_{step:08d}"
+        if chosen.is_dir():
+            return verified(chosen)
+        held = ", ".join(str(int(path.name[5:])) for path in sorted(folder.checkpoints.glob("step_*"))) or "none"
+        raise RunError(f"{folder.path} has no checkpoint of step {step}; it has: {held}.")
+    newest = latest_checkpoint(folder.checkpoints)
+    if newest is None:
+        raise RunError(f"{folder.path} has no checkpoint yet; train it first: distcond train run.name={folder.path.name}")
+    return newest
+
+
+@torch.no_grad()
+def _validation_sums(learner: Learner, config: Config, feeder: LocalFeeder) -> Tensor:
+    total = torch.zeros(len(SUMS), dtype=torch.float64)
+    for index in range(num_validation_batches(config, 1)):
+        _, sums = learner(*tensors(feeder.validation(index), torch.device("cpu")))
+        total += sums
+    return total
+
+
+@torch.no_grad()
+def _latency_ms(learner: Learner, feeder: LocalFeeder) -> float:
+    """Median milliseconds of one validation example on its own."""
+    example = [part[:1] for part in tensors(feeder.validation(0), torch.device("cpu"))]
+    seconds = []
+    for _ in range(LATENCY_REPEATS + 1):
+        start = time.perf_counter()
+        learner(*example)
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(seconds[1:])

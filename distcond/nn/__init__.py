@@ -1,0 +1,6 @@
+"""Layers and models. `TreeLinear` and `AdaptiveComputation` need torch alone and fit into anyone's code."""
+
+from distcond.nn.halting import AdaptiveComputation, FixedComputation, PonderStats
+from distcond.nn.tree import TreeLinear
+
+__all__ = ["AdaptiveComputation", "FixedComputation", "PonderStats", "TreeLinear"]

@@ -1,0 +1,77 @@
+"""Closed forms: parameters of a model, and multiply-accumulate operations (MACs) it spends on a position.
+
+Legend: P out, Q in, K depth, F full_depth, r rank.
+"""
+
+from dataclasses import dataclass
+
+from distcond.config import CellName, ModelConfig, ModelName, TreeConfig
+
+
+@dataclass(frozen=True, slots=True)
+class TreeCost:
+    """A tree layer. A dense layer is a tree of depth 0."""
+
+    node_parameters: int
+    "Parameters of all nodes if every one exists."
+    gate_parameters: int
+    macs: int
+    "MACs per row: the products along the path and the gates."
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCost:
+    """A model."""
+
+    dense_parameters: int
+    "What DeepSpeed trains."
+    node_parameters: int
+    "What the node table may grow to."
+    macs_per_step: int
+    "MACs of one ponder step of one position."
+    macs_per_position: int
+    "MACs of one position outside its ponder steps."
+
+    def macs(self, steps: float) -> float:
+        """MACs of one position that takes this many ponder steps."""
+        return self.macs_per_position + steps * self.macs_per_step
+
+
+def tree_cost(in_features: int, out_features: int, tree: TreeConfig) -> TreeCost:
+    """Cost of one layer; (2**(F+1) - 1)(PQ + P) + (2**(K+1) - 2**(F+1))(r(P + Q) + P) parameters, (F+1)PQ + (K-F)r(P+Q) MACs."""
+    p, q, depth = out_features, in_features, tree.depth
+    full = tree.deepest_full_level
+    low_rank = tree.rank * (p + q)
+    num_full = 2 ** (full + 1) - 1
+    num_low = 2 ** (depth + 1) - 1 - num_full
+    return TreeCost(
+        node_parameters=num_full * (p * q + p) + num_low * (low_rank + p),
+        gate_parameters=depth * q,
+        macs=(full + 1) * p * q + (depth - full) * low_rank + depth * q,
+    )
+
+
+def model_cost(config: ModelConfig, *, input_size: int, output_size: int, length: int) -> ModelCost:
+    """Cost of a model on sequences of `length`; attention counts the mean of (length + 1) / 2 visible positions."""
+    width = config.width
+    halting = width + 1 if config.halting.kind == "act" else 0
+    if config.name == ModelName.transformer:
+        tree = tree_cost(width, config.feed_forward, config.tree)
+        attention = 4 * width * width
+        dense = 256 * width + 3 * width + width + attention + config.feed_forward * width + width
+        dense += 256 * width + 256
+        per_step = attention + width * (length + 1) + tree.macs + config.feed_forward * width + width
+        per_position = 256 * width
+    else:
+        outputs = 4 * width if config.cell == CellName.lstm else width
+        tree = tree_cost(input_size + 1 + width, outputs, config.tree)
+        dense = output_size * (width + 1)
+        per_step, per_position = tree.macs, output_size * width
+    gates = tree.gate_parameters if config.tree.gate == "linear" else 0
+    in_table = config.tree.depth > 0 and config.tree.storage == "lazy"
+    return ModelCost(
+        dense_parameters=dense + gates + halting + (0 if in_table else tree.node_parameters),
+        node_parameters=tree.node_parameters if in_table else 0,
+        macs_per_step=per_step + (width if halting else 0),
+        macs_per_position=per_position,
+    )

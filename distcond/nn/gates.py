@@ -1,0 +1,78 @@
+"""Gates: the bits that choose a leaf, and how a gating unit learns from them.
+
+Legend: T tokens, Q in, K bits.
+"""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+MOMENTUM = 0.99
+"Weight of the old running mean at a commit."
+
+
+class Gate(nn.Module):
+    """K gating units over the input; bit k is 1 where its pre-activation exceeds the running mean.
+
+    Subtracting the mean keeps bits balanced without an auxiliary loss. The mean is a statistic of the global batch:
+    backward passes stage a sum, and `commit` folds the pooled mean in once per applied step. Everything here is
+    computed in fp32 at least, whatever the precision of the model: a bit is a sign, and ranks must agree on it.
+
+    kind: "linear", learned units; "hash", fixed random hyperplanes (the control).
+    """
+
+    running_mean: Tensor
+    num_commits: Tensor
+    weight: Tensor
+
+    def __init__(self, in_features: int, num_bits: int, kind: str) -> None:
+        super().__init__()
+        if kind not in ("linear", "hash"):
+            raise ValueError(f"gate={kind!r} is unknown; use 'linear' or 'hash'")
+        weight_KQ = torch.randn(num_bits, in_features) / in_features**0.5
+        if kind == "linear":
+            self.weight = nn.Parameter(weight_KQ)
+        else:
+            self.register_buffer("weight", weight_KQ)
+        self.register_buffer("running_mean", torch.zeros(num_bits))
+        self.register_buffer("num_commits", torch.zeros((), dtype=torch.int64))
+        self.staged = torch.zeros(num_bits + 1, dtype=torch.float64)
+
+    def forward(self, x_TQ: Tensor) -> Tensor:
+        """Centred pre-activations, [T, K], fp32 (fp64 for an fp64 input)."""
+        dtype = torch.promote_types(x_TQ.dtype, torch.float32)
+        raw_TK = nn.functional.linear(x_TQ.to(dtype), self.weight.to(dtype))
+        return raw_TK - self.running_mean.to(dtype)
+
+    def statistics(self, centred_TK: Tensor) -> Tensor:
+        """Sum of the pre-activations and their number, float64 [K + 1]."""
+        number = len(centred_TK)
+        sum_K = centred_TK.detach().double().sum(0) + number * self.running_mean.double()
+        return torch.cat([sum_K, sum_K.new_tensor([float(number)])])
+
+    def stage(self, statistics: Tensor) -> None:
+        """Add to what the next commit folds in."""
+        self.staged = self.staged.to(statistics.device) + statistics
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """The running mean follows to another device, and to fp64; never below fp32, where a slow drift would be lost."""
+        mean_K = self.running_mean
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.running_mean.dtype.itemsize < mean_K.dtype.itemsize:
+            self.running_mean = mean_K.to(self.running_mean.device)
+        return self
+
+    def take_statistics(self) -> Tensor:
+        """What was staged, float64 [K + 1]; forgets it."""
+        statistics, self.staged = self.staged, torch.zeros_like(self.staged)
+        return statistics
+
+    def commit(self, statistics: Tensor) -> None:
+        """Fold the pooled statistics of one applied step into the running mean; the first commit initialises it."""
+        if statistics[-1] == 0:
+            return
+        mean_K = (statistics[:-1] / statistics[-1]).to(self.running_mean)
+        momentum = MOMENTUM if self.num_commits > 0 else 0.0
+        self.running_mean.lerp_(mean_K, 1.0 - momentum)
+        self.num_commits += 1

@@ -1,0 +1,96 @@
+"""Models from their configuration, and the sums they report: losses, errors, ponder steps.
+
+Every figure is a sum with its own count, so that ranks and micro-batches add up exactly; means are taken at the end.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from distcond.config import CellName, HaltingConfig, HaltingKind, ModelConfig, ModelName, TreeConfig
+from distcond.nn.halting import AdaptiveComputation, FixedComputation, PonderStats
+from distcond.nn.linear import TreeOptions
+from distcond.nn.recurrent import LSTMCell, Recurrent, TanhCell
+from distcond.nn.transformer import Block, Transformer
+
+SUMS = (
+    "nll",  # negative log-likelihood in nats
+    "ponder_cost",  # N + R
+    "ponder_steps",  # N
+    "remainder",  # R
+    "positions",  # what ponder figures are averaged over: elements of sequences
+    "elements",  # predicted elements
+    "element_errors",
+    "sequences",
+    "sequence_errors",  # sequences with any mistake
+)
+
+
+class Learner(nn.Module):
+    """A model together with its loss. `is_text`: bytes and cross-entropy; else binary targets."""
+
+    def __init__(self, body: nn.Module, *, is_text: bool, time_penalty: float) -> None:
+        super().__init__()
+        self.body, self.is_text, self.time_penalty = body, is_text, time_penalty
+
+    def forward(self, inputs: Tensor, targets: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss summed over the batch (task loss + time_penalty x ponder cost), and the figures of SUMS, float64.
+
+        inputs: bytes [B, T] or vectors [B, T, I]; targets: bytes [B, T] or 0/1 [B, T, O]; lengths int64 [B].
+        """
+        logits, stats = self.body(inputs, lengths)
+        valid_BT = torch.arange(logits.shape[1], device=lengths.device) < lengths[:, None]
+        if self.is_text:
+            nll_BT = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().long(), reduction="none")
+            nll_BT = nll_BT.view_as(valid_BT)
+            wrong_BTO = (logits.argmax(-1) != targets)[:, :, None]
+            stats = _per_sequence(stats, valid_BT)
+        else:
+            nll_BT = nn.functional.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none").sum(2)
+            wrong_BTO = (logits > 0) != (targets > 0.5)
+        nll = torch.where(valid_BT, nll_BT, 0.0).sum()
+        loss = nll + self.time_penalty * stats.ponder_cost.sum()
+        wrong_BTO = wrong_BTO & valid_BT[:, :, None]
+        present = lengths > 0
+        sums = (
+            nll, stats.ponder_cost.sum(), stats.steps.sum(), stats.remainder.sum(), lengths.sum(),
+            valid_BT.sum() * wrong_BTO.shape[2], wrong_BTO.sum(), present.sum(), wrong_BTO.flatten(1).any(1).sum(),
+        )  # fmt: skip
+        return loss, torch.stack([figure.detach().double() for figure in sums])
+
+
+def _per_sequence(stats: PonderStats, valid_BT: Tensor) -> PonderStats:
+    """Stats of all B x T positions, summed over the valid positions of each sequence."""
+    parts = (part.view_as(valid_BT) for part in (stats.steps, stats.remainder, stats.ponder_cost))
+    return PonderStats(*(torch.where(valid_BT, part, 0).sum(1) for part in parts))
+
+
+def build_learner(config: ModelConfig, *, is_text: bool, input_size: int, output_size: int) -> Learner:
+    """The model of a configuration for a task of these sizes, with fresh parameters from torch's generator."""
+    tree = tree_options(config.tree)
+    if config.name == ModelName.transformer:
+        block = Block(config.width, config.heads, config.feed_forward, tree)
+        ponder = _ponder(block, config.width, config.halting)
+        body: nn.Module = Transformer(block, ponder, config.width)
+    else:
+        cell = (LSTMCell if config.cell == CellName.lstm else TanhCell)(input_size + 1, config.width, tree)
+        ponder = _ponder(cell, config.width, config.halting)
+        body = Recurrent(ponder, config.width, 2 if config.cell == CellName.lstm else 1, output_size)
+    return Learner(body, is_text=is_text, time_penalty=config.halting.time_penalty)
+
+
+def tree_options(config: TreeConfig) -> TreeOptions:
+    """A tree's configuration as plain values."""
+    return TreeOptions(
+        depth=config.depth,
+        full_depth=config.deepest_full_level,
+        rank=config.rank,
+        gate=config.gate.value,
+        gate_gradient=config.gate_gradient.value,
+        storage=config.storage.value,
+    )
+
+
+def _ponder(cell: nn.Module, width: int, halting: HaltingConfig) -> nn.Module:
+    if halting.kind == HaltingKind.act:
+        return AdaptiveComputation(cell, width, halting.max_steps, halting.epsilon, halting.halting_bias)
+    return FixedComputation(cell, halting.max_steps if halting.kind == HaltingKind.fixed else 1)

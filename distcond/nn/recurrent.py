@@ -1,0 +1,74 @@
+"""A recurrent network that ponders each element of a sequence (Graves 2016).
+
+Legend: B sequences, T time steps, I input features, H hidden units, O outputs, R rows still running.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from distcond.nn.halting import PonderStats, State
+from distcond.nn.linear import TreeOptions, make_linear
+
+
+class TanhCell(nn.Module):
+    """s' = tanh(W [x, s] + b); W may be a tree."""
+
+    def __init__(self, input_size: int, width: int, tree: TreeOptions) -> None:
+        super().__init__()
+        self.linear = make_linear(input_size + width, width, tree)
+
+    def forward(self, x: Tensor, state: Tensor, rows: Tensor) -> Tensor:
+        """x [R, I], state [R, H] -> state [R, H]."""
+        return torch.tanh(self.linear(torch.cat([x, state], dim=1)))
+
+
+class LSTMCell(nn.Module):
+    """Long short-term memory; one matrix, which may be a tree, makes the four gates (Hochreiter & Schmidhuber 1997)."""
+
+    def __init__(self, input_size: int, width: int, tree: TreeOptions) -> None:
+        super().__init__()
+        self.linear = make_linear(input_size + width, 4 * width, tree)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+        """x [R, I], state (output, memory) each [R, H] -> the same."""
+        output, memory = state
+        gates = self.linear(torch.cat([x, output], dim=1))
+        write, forget, read, candidate = gates.chunk(4, dim=1)
+        memory = torch.sigmoid(forget) * memory + torch.sigmoid(write) * torch.tanh(candidate)
+        return torch.sigmoid(read) * torch.tanh(memory), memory
+
+
+class Recurrent(nn.Module):
+    """Logits at every time step: a cell under a halting module, and a head on the mean-field state.
+
+    num_states: tensors in the cell's state, each [B, width].
+    """
+
+    def __init__(self, ponder: nn.Module, width: int, num_states: int, output_size: int) -> None:
+        super().__init__()
+        self.ponder, self.width, self.num_states = ponder, width, num_states
+        self.head = nn.Linear(width, output_size)
+
+    def forward(self, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, PonderStats]:
+        """Vectors [B, T, I], lengths int64 [B] -> logits [B, T, O] and stats summed over time, per sequence [B].
+
+        All T steps are taken, with no rows where every sequence has ended: ranks stay in lockstep over ragged lengths.
+        """
+        batch, length, _ = inputs.shape
+        states = tuple(inputs.new_zeros(batch, self.width) for _ in range(self.num_states))
+        zeros = inputs.new_zeros(batch, dtype=torch.promote_types(inputs.dtype, torch.float32))
+        total = PonderStats(torch.zeros_like(lengths), zeros, zeros)
+        logits = []
+        for time in range(length):
+            rows = (lengths > time).nonzero()[:, 0]
+            running: State = tuple(part[rows] for part in states)
+            mean, stats = self.ponder(inputs[rows, time], running if self.num_states > 1 else running[0])
+            parts = mean if isinstance(mean, tuple) else (mean,)
+            states = tuple(old.index_copy(0, rows, new) for old, new in zip(states, parts, strict=True))
+            logits.append(self.head(states[0]))
+            total = PonderStats(
+                total.steps.index_add(0, rows, stats.steps),
+                total.remainder.index_add(0, rows, stats.remainder),
+                total.ponder_cost.index_add(0, rows, stats.ponder_cost),
+            )
+        return torch.stack(logits, dim=1), total

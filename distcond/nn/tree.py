@@ -1,0 +1,326 @@
+"""TreeLinear: a linear layer whose weight is the sum of the matrices on a path through a binary tree.
+
+The path is chosen by sign bits of gating units (Cho & Bengio 2014, arXiv 1406.7362):
+W(b) = U_root + sum_l U_{b_1..b_l}; 2**K leaves, K + 1 matrices touched.
+
+Legend: T tokens, Q in, P out, K depth (bits), S nodes, G nodes touched.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distcond.nn.gates import Gate
+from distcond.nn.tree_product import TreeProduct, anchor
+from distcond.ops import NodeTensors, TreePath
+from distcond.table import Collective, NodeTable, RowStore, SubtreePlan
+
+STORAGES = ("dense", "lazy")
+GATE_GRADIENTS = ("straight_through", "none")
+
+
+class TreeLinear(nn.Module):
+    """Linear layer with 2**depth weights, of which each input picks one by its bits.
+
+    depth: K, 0 to 62; 0 is exactly `nn.Linear`.
+    full_depth, rank: levels up to full_depth hold full matrices (None: all), deeper ones factors of this rank.
+    gate: "linear" (learned units) or "hash" (fixed random hyperplanes).
+    gate_gradient: "straight_through": level l's contribution is multiplied by 1 + t - stopgrad(t), t = tanh|g_l|;
+        "none": the gates do not learn.
+    storage: "dense": `nn.Parameter`s of all nodes, any torch optimiser trains them. "lazy": rows that are born with
+        their first gradient, trained by `distcond.optim.RowAdam`, sharded by `distcond.initialize`.
+    bias: whether nodes carry a bias, summed along the path like the weights.
+
+    Nodes below the root start at zero, so a new layer computes its root's linear function.
+    Raises ValueError for options outside these ranges.
+    """
+
+    seed: Tensor
+    weight: Tensor
+    bias: Tensor
+    right: Tensor
+    left: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        depth: int,
+        full_depth: int | None = None,
+        rank: int | None = None,
+        gate: str = "linear",
+        gate_gradient: str = "straight_through",
+        storage: str = "dense",
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        full_depth = depth if full_depth is None else full_depth
+        _check(in_features, out_features, depth, full_depth, rank, gate_gradient, storage)
+        self.in_features, self.out_features, self.depth = in_features, out_features, depth
+        self.full_depth, self.rank = full_depth, rank or 1
+        self.gate_gradient, self.storage, self.has_bias = gate_gradient, storage, bias
+        root = nn.Linear(in_features, out_features, bias=bias)
+        self.gate = Gate(in_features, depth, gate) if depth else None
+        self.register_buffer("seed", torch.randint(2**31, ()))
+        self.plan = SubtreePlan.make(depth, 1)
+        self.collective: Collective | None = None
+        self.commits_by_itself = storage == "dense"
+        self.records_loads = False
+        self.records_touched = False
+        self._backward_seen = False
+        self._touched: list[Tensor] = []
+        self._leaf_loads: list[tuple[Tensor, Tensor]] = []
+        self.layout = NodeTable(in_features, out_features, depth, full_depth, self.rank, seed=int(self.seed), bias=bias)
+        self.table = self.layout if storage == "lazy" else None
+        if self.table is None:
+            self._make_parameters()
+        self._set_root(root.weight, root.bias)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, depth: int, **options: Any) -> Self:
+        """A tree that computes the same function as `linear`, with its weights at the root and room to grow."""
+        layer = cls(linear.in_features, linear.out_features, depth, bias=linear.bias is not None, **options)
+        layer.to(linear.weight)
+        layer._set_root(linear.weight, linear.bias)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]. Under a sharded plan this is a collective call."""
+        x_TQ = x.reshape(-1, self.in_features)
+        self._before_forward()
+        with torch.autocast(x.device.type, enabled=False):  # bits and rows are fp32 whatever the model computes in
+            gates_TK = self._gates(x_TQ)
+            leaf_T = _leaf_index(gates_TK > 0)
+            soft_TK = gates_TK.abs().tanh() if self.gate_gradient == "straight_through" else gates_TK.detach()
+            nodes = self._parameters_of_nodes() if self.table is None else (anchor(x_TQ),)
+            statistics = self.gate.statistics(gates_TK) if self.gate is not None and self.training else None
+            y_TP: Tensor = TreeProduct.apply(self, statistics, x_TQ, soft_TK, leaf_T, *nodes)  # type: ignore[no-untyped-call]
+        return y_TP.reshape(*x.shape[:-1], self.out_features)
+
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """The bits, bool [..., 1, depth]; the first is the coarsest. The axis before the last counts trees."""
+        with torch.autocast(x.device.type, enabled=False):
+            gates_TK = self._gates(x.reshape(-1, self.in_features))
+        return (gates_TK > 0).view(*x.shape[:-1], 1, self.depth)
+
+    @torch.no_grad()
+    def leaf(self, x: Tensor) -> Tensor:
+        """Index of the leaf, int64 [..., 1] in [0, 2**depth); the first bit is the most significant."""
+        return _leaf_index(self.codes(x))
+
+    @torch.no_grad()
+    def node_weight(self, node_id: int) -> Tensor:
+        """Matrix of one node, [out, in], zeros where it does not exist on this rank; ids in heap order, the root 0."""
+        return self._node(node_id)[0]
+
+    @torch.no_grad()
+    def effective_weight(self, leaf: int) -> tuple[Tensor, Tensor]:
+        """W(b) [out, in] and c(b) [out] of a leaf."""
+        nodes = [self._node(2**level - 1 + (leaf >> (self.depth - level))) for level in range(self.depth + 1)]
+        return sum((w for w, _ in nodes[1:]), nodes[0][0]), sum((c for _, c in nodes[1:]), nodes[0][1])
+
+    @property
+    def num_materialized(self) -> int:
+        """Nodes that exist (lazy: on this rank)."""
+        return 2 ** (self.depth + 1) - 1 if self.table is None else sum(store.size for _, store in self.table.stores())
+
+    def shard(self, plan: SubtreePlan, collective: Collective) -> None:
+        """Keep only this rank's nodes of a lazy table and exchange tokens with the other ranks from now on."""
+        assert self.table is not None, "only lazy tables are sharded"
+        self.plan, self.collective = plan, collective
+        for _, store in self.table.stores():
+            self._keep_own(store)
+
+    def _keep_own(self, store: RowStore) -> None:
+        if self.collective is not None:
+            owner = self.plan.node_owner(store.keys)
+            store.keep((owner < 0) | (owner == self.collective.rank))
+
+    def commit_statistics(self, collective: Collective | None = None) -> None:
+        """Fold the staged gate statistics into the running means; once per applied step, pooled over ranks if given."""
+        if self.gate is not None:
+            statistics = self.gate.take_statistics()
+            self.gate.commit(collective.sum_(statistics) if collective else statistics)
+
+    def take_touched(self) -> Tensor:
+        """Ids of the nodes that tokens were routed to since the last call, ascending int64 (dense storage)."""
+        touched, self._touched = self._touched, []
+        return torch.unique(torch.cat(touched)) if touched else self.seed.new_empty(0)
+
+    def take_leaf_loads(self) -> tuple[Tensor, Tensor]:
+        """Leaves this rank served in training since the last call, int64 [G] ascending, and their tokens, int64 [G]."""
+        loads, self._leaf_loads = self._leaf_loads, []
+        if not loads:
+            return self.seed.new_empty(0), self.seed.new_empty(0)
+        leaf_G, index = torch.unique(torch.cat([leaf for leaf, _ in loads]), return_inverse=True)
+        return leaf_G, torch.zeros_like(leaf_G).index_add_(0, index, torch.cat([count for _, count in loads]))
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, depth={self.depth}, "
+            f"full_depth={self.full_depth}, rank={self.rank}, storage={self.storage}, materialized={self.num_materialized}"
+        )
+
+    # ---- nodes -------------------------------------------------------------------------------------------------------
+
+    def _make_parameters(self) -> None:
+        full, nodes = 2 ** (self.full_depth + 1) - 1, 2 ** (self.depth + 1) - 1
+        low = self.layout.newborn("low", torch.arange(full, nodes))
+        fresh = self.layout.as_matrices(self.layout.full.data, low)
+        self._register("weight", torch.zeros(full, self.out_features, self.in_features))
+        self._register("bias", torch.zeros(full if self.has_bias else 0, self.out_features))
+        self._register("right", fresh.right_SrQ.clone())
+        self._register("left", fresh.left_SxP.clone())
+
+    def _register(self, name: str, value: Tensor) -> None:
+        if value.numel():
+            self.register_parameter(name, nn.Parameter(value))
+        else:  # NOTE: ZeRO 3 cannot gather a parameter without numbers
+            self.register_buffer(name, value, persistent=False)
+
+    @torch.no_grad()
+    def _set_root(self, weight: Tensor, bias: Tensor | None) -> None:
+        if self.table is not None:
+            flat = weight.flatten() if bias is None else torch.cat([weight.flatten(), bias])
+            self.table.full.replace(self.seed.new_zeros(1), flat[None].to(self.table.full.data.dtype))
+            return
+        self.weight[0] = weight
+        if bias is not None:
+            self.bias[0] = bias
+
+    def _parameters_of_nodes(self) -> tuple[Tensor, ...]:
+        return () if self.table is not None else (self.weight, self.bias, self.right, self.left)
+
+    def _node(self, node_id: int) -> tuple[Tensor, Tensor]:
+        key = self.seed.new_tensor([node_id])
+        full = node_id < 2 ** (self.full_depth + 1) - 1
+        nodes = self.node_tensors(self._parameters_of_nodes())
+        if self.table is not None:
+            row = int((self.table.full if full else self.table.low).find(key))
+            if row < 0:
+                zeros = nodes.bias_SP.new_zeros(self.out_features, self.in_features)
+                return zeros, zeros[:, 0]
+        else:
+            row = node_id if full else node_id - len(nodes.weight_SPQ)
+        if full:
+            return nodes.weight_SPQ[row], nodes.bias_SP[row]
+        left, rank = nodes.left_SxP[row], nodes.right_SrQ.shape[1]
+        return left[:rank].t() @ nodes.right_SrQ[row], left[rank:].sum(0)
+
+    def node_tensors(self, parameters: tuple[Tensor, ...]) -> NodeTensors:
+        """The stored nodes as matrices, from the table or from the given parameters."""
+        if self.table is not None:
+            return self.table.tensors()
+        weight, bias, right, left = parameters
+        return NodeTensors(weight, bias if self.has_bias else weight.new_zeros(weight.shape[:2]), right, left)
+
+    # ---- gates and statistics ----------------------------------------------------------------------------------------
+
+    def _gates(self, x_TQ: Tensor) -> Tensor:
+        if self.gate is None:
+            return x_TQ.new_zeros(len(x_TQ), 0)
+        return self.gate(x_TQ)  # type: ignore[no-any-return]
+
+    def _before_forward(self) -> None:
+        is_recomputing = torch._C._current_graph_task_id() != -1  # by a backward pass, under activation checkpointing
+        if not (self.training and torch.is_grad_enabled()) or is_recomputing:
+            return
+        if self.table is not None and DistributedDataParallel._get_active_ddp_module() is not None:
+            raise RuntimeError(
+                "a lazy TreeLinear inside DistributedDataParallel would train a different table on every rank; "
+                "use distcond.initialize(model=model, config=...) or storage='dense'"
+            )
+        if self.commits_by_itself and self._backward_seen:
+            self.commit_statistics()
+        self._backward_seen = False
+
+    def note_backward(self, path: TreePath, statistics: Tensor | None) -> None:
+        """Record what a backward pass reached: once for each forward, however often that is computed again."""
+        self._backward_seen = True
+        if self.gate is not None and statistics is not None:
+            self.gate.stage(statistics)
+        if self.records_touched:
+            self._touched.append(torch.cat([level.nodes_G for level in path.levels]))
+        if not self.records_loads:
+            return
+        last = path.levels[-1]
+        counts = torch.tensor(last.offsets, device=last.nodes_G.device).diff()
+        self._leaf_loads.append((last.nodes_G - (2**self.depth - 1), counts))
+
+    # ---- the rows travel with the module -----------------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Tables follow the module to another device, and to fp64; never below fp32."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.table is not None:
+            for _, store in self.table.stores():
+                probe = fn(store.data[:0])
+                store.move(probe.device, torch.promote_types(probe.dtype, torch.float32))
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, store in self.table.stores() if self.table is not None else ():
+            destination[f"{prefix}table.{name}.keys"] = store.keys
+            destination[f"{prefix}table.{name}.rows"] = store.data
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        tables = dict(self.table.stores()) if self.table is not None else {}
+        names = {f"{prefix}table.{name}.{part}" for name in tables for part in ("keys", "rows")}
+        own = {key: value for key, value in state_dict.items() if key not in names}
+        super()._load_from_state_dict(own, prefix, metadata, strict, missing, unexpected, errors)
+        missing.extend(sorted(names - state_dict.keys()) if strict else [])
+        for name, store in tables.items():
+            keys, rows = (state_dict.get(f"{prefix}table.{name}.{part}") for part in ("keys", "rows"))
+            if keys is not None and rows is not None:
+                first = 0 if name == "full" else self.layout.num_full_ids
+                end = self.layout.num_full_ids if name == "full" else 2 ** (self.depth + 1) - 1
+                _load_rows(store, keys, rows, range(first, end), f"{prefix}table.{name}.rows", errors)
+                self._keep_own(store)
+        if self.table is not None:
+            self.table.seed = int(self.seed)
+
+
+def _load_rows(store: RowStore, keys: Tensor, rows: Tensor, ids: range, name: str, errors: list[str]) -> None:
+    """Take over rows; those of nodes that exist keep their optimiser state."""
+    if rows.shape != (len(keys), store.width):
+        errors.append(f"size mismatch for {name}: {tuple(rows.shape)}, needed are ({len(keys)}, {store.width})")
+        return
+    if len(keys) and not (int(keys.min()) >= ids.start and int(keys.max()) < ids.stop):
+        errors.append(f"node ids for {name}: {int(keys.min())} to {int(keys.max())}, needed are {ids.start} to {ids.stop - 1}")
+        return
+    keys = keys.to(store.keys.device)
+    store.replace(keys, rows.to(store.data), store.state_of(keys))
+
+
+def _leaf_index(bits_TK: Tensor) -> Tensor:
+    """Integer b_1 b_2 ... b_K of bool bits [..., K], b_1 most significant; int64 [...]."""
+    depth = bits_TK.shape[-1]
+    places_K = 2 ** torch.arange(depth - 1, -1, -1, device=bits_TK.device)
+    return (bits_TK * places_K).sum(-1)
+
+
+def _check(
+    in_features: int, out_features: int, depth: int, full_depth: int, rank: int | None, gate_gradient: str, storage: str
+) -> None:
+    if in_features < 1 or out_features < 1:
+        raise ValueError(f"in_features={in_features}, out_features={out_features}: both must be 1 or more")
+    if not 0 <= depth <= 62:
+        raise ValueError(f"depth={depth} is outside 0..62; node ids are 64-bit integers")
+    if not 0 <= full_depth <= depth:
+        raise ValueError(f"full_depth={full_depth} is outside 0..{depth} (depth)")
+    if full_depth < depth and (rank is None or rank < 1):
+        raise ValueError(f"rank={rank}: levels below full_depth={full_depth} need a rank of 1 or more")
+    if gate_gradient not in GATE_GRADIENTS:
+        raise ValueError(f"gate_gradient={gate_gradient!r} is unknown; use one of {GATE_GRADIENTS}")
+    if storage not in STORAGES:
+        raise ValueError(f"storage={storage!r} is unknown; use one of {STORAGES}")
+    if storage == "dense" and depth > 20:
+        raise ValueError(f"depth={depth} with storage='dense' would hold 2**{depth + 1} - 1 nodes; use storage='lazy'")

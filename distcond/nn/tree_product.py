@@ -1,0 +1,111 @@
+"""The product of a tree layer as one autograd function: dispatch, product along the path, combine; and its mirror image.
+
+Legend: T tokens, Q in, P out, K depth (bits), G nodes touched.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from distcond.ops import NodeTensors, TreePath, tree_backward, tree_forward
+from distcond.table import Collective, NodeTable, Route, SubtreePlan
+
+
+class TreeNodes(Protocol):
+    """What the product needs to know of its layer."""
+
+    in_features: int
+    depth: int
+    full_depth: int
+    has_bias: bool
+    plan: SubtreePlan
+    collective: Collective | None
+    layout: NodeTable
+    table: NodeTable | None
+
+    def node_tensors(self, parameters: tuple[Tensor, ...]) -> NodeTensors:
+        """The stored nodes as matrices, from the table or from the given parameters."""
+
+    def note_backward(self, path: TreePath, statistics: Tensor | None) -> None:
+        """Record what a backward pass reached."""
+
+
+class TreeProduct(torch.autograd.Function):
+    """Dispatch, product with the path's matrices, combine; backward is the mirror image."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layer: TreeNodes,
+        statistics: Tensor | None,
+        x_TQ: Tensor,
+        soft_TK: Tensor,
+        leaf_T: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        """Rows [T, Q], soft bits [T, K], leaves int64 [T] and the layer's parameters -> [T, P]."""
+        route = None
+        if layer.plan.is_sharded and layer.collective is not None:
+            route = Route.to(layer.plan.owner(leaf_T), layer.collective)
+        local_TQ, leaf_T = (x_TQ, leaf_T) if route is None else route.dispatch_with_leaf(x_TQ, leaf_T)
+        path = TreePath.of(leaf_T, layer.depth)
+        nodes = layer.node_tensors(parameters)
+        rows = _rows(layer, path, born=False)
+        y_TP = tree_forward(local_TQ.to(nodes.weight_SPQ.dtype), path, rows, nodes, layer.full_depth).to(x_TQ.dtype)
+        ctx.save_for_backward(local_TQ, *parameters)
+        ctx.layer, ctx.path, ctx.route, ctx.soft_dtype, ctx.statistics = layer, path, route, soft_TK.dtype, statistics
+        return y_TP if route is None else route.combine(y_TP)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TP: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients to rows, soft bits and parameters; those of a table are collected by the table."""
+        layer: TreeNodes = ctx.layer
+        path: TreePath = ctx.path
+        local_TQ, *parameters = ctx.saved_tensors
+        grad_TP = grad_TP.contiguous() if ctx.route is None else ctx.route.dispatch(grad_TP)
+        rows = _rows(layer, path, born=True)
+        nodes = layer.node_tensors(tuple(parameters))
+        dtype = nodes.weight_SPQ.dtype
+        levels = [level.nodes_G for level in path.levels]
+        full_GW, low_GW = (part.to(dtype) for part in layer.layout.new_gradient(levels))
+        out = layer.layout.as_matrices(full_GW, low_GW)
+        with torch.autocast(grad_TP.device.type, enabled=False):
+            grad_x, grad_soft = tree_backward(local_TQ.to(dtype), grad_TP.to(dtype), path, rows, nodes, layer.full_depth, out)
+        layer.note_backward(path, ctx.statistics)
+        grads: tuple[Tensor | None, ...] = (None,)
+        if layer.table is not None:
+            layer.table.add_gradient(levels, full_GW, low_GW)
+        else:
+            grads = _dense_gradients(layer, parameters, rows, out)
+        if ctx.route is not None:
+            both = ctx.route.combine(torch.cat([grad_x, grad_soft], dim=1))
+            grad_x, grad_soft = both[:, : layer.in_features], both[:, layer.in_features :]
+        return None, None, grad_x.to(local_TQ.dtype), grad_soft.to(ctx.soft_dtype), None, *grads
+
+
+def anchor(x_TQ: Tensor) -> Tensor:
+    """A scalar that asks for a gradient, so that backward reaches a table although no parameter stands for it."""
+    return torch.zeros((), device=x_TQ.device).requires_grad_(torch.is_grad_enabled())
+
+
+def _rows(layer: TreeNodes, path: TreePath, *, born: bool) -> list[Tensor]:
+    """Stored row of each node on the path, per level; `born`: nodes that do not exist come to life."""
+    levels = [level.nodes_G for level in path.levels]
+    if layer.table is None:
+        first_low = 2 ** (layer.full_depth + 1) - 1
+        return [nodes_G - (first_low if number > layer.full_depth else 0) for number, nodes_G in enumerate(levels)]
+    return layer.table.ensure(levels) if born else layer.table.find(levels)
+
+
+def _dense_gradients(layer: TreeNodes, parameters: list[Tensor], rows: list[Tensor], out: NodeTensors) -> tuple[Tensor, ...]:
+    """Gradients of the node parameters: zeros but for the touched nodes."""
+    weight, bias, right, left = (torch.zeros_like(parameter) for parameter in parameters)
+    full_G = torch.cat(rows[: layer.full_depth + 1])
+    weight[full_G] = out.weight_SPQ
+    if layer.has_bias:
+        bias[full_G] = out.bias_SP
+    if layer.full_depth < layer.depth:
+        low_G = torch.cat(rows[layer.full_depth + 1 :])
+        right[low_G], left[low_G] = out.right_SrQ, out.left_SxP
+    return weight, bias, right, left

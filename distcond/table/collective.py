@@ -1,0 +1,79 @@
+"""The few collective operations that sharded tables need, over any library with torch.distributed's functions."""
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Collective:
+    """Collectives of one process group; counts what it sends and how long it waits.
+
+    library: `torch.distributed`, or a module with the same functions (`deepspeed.comm`, whose logger then sees them).
+    A group of one rank communicates nothing.
+    """
+
+    def __init__(self, group: Any = None, library: Any = dist) -> None:
+        self._group, self._library = group, library
+        distributed = dist.is_available() and dist.is_initialized()
+        self.rank: int = dist.get_rank(group) if distributed else 0
+        self.size: int = dist.get_world_size(group) if distributed else 1
+        is_nccl = self.size > 1 and dist.get_backend(group) == "nccl"
+        self._device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else None
+        "Where the group's small sums must be; None: anywhere."
+        self.sent_bytes = 0
+        self.elapsed_s = 0.0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        return self._reduce(tensor, dist.ReduceOp.SUM)
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        """Maximum over ranks, in place."""
+        return self._reduce(tensor, dist.ReduceOp.MAX)
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor, in place."""
+        if self.size > 1:
+            self._library.broadcast(tensor, src=dist.get_global_rank(self._group, 0) if self._group else 0, group=self._group)
+        return tensor
+
+    def _reduce(self, tensor: Tensor, op: Any) -> Tensor:
+        if self.size > 1:
+            start = time.perf_counter()
+            moved = tensor.to(self._device) if self._device is not None else tensor
+            self._library.all_reduce(moved, op=op, group=self._group)
+            if moved is not tensor:
+                tensor.copy_(moved)
+            self.elapsed_s += time.perf_counter() - start
+        return tensor
+
+    def all_to_all(self, tensor_T: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Rows in runs of `send` lengths, one run a rank; returns the runs received, of `receive` lengths."""
+        if self.size == 1:
+            return tensor_T
+        start = time.perf_counter()
+        out_T = tensor_T.new_empty(sum(receive), *tensor_T.shape[1:])
+        self._library.all_to_all_single(out_T, tensor_T.contiguous(), receive, send, group=self._group)
+        self.elapsed_s += time.perf_counter() - start
+        kept = send[self.rank]
+        row_bytes = tensor_T[0:1].numel() * tensor_T.element_size() if len(tensor_T) else 0
+        self.sent_bytes += (len(tensor_T) - kept) * row_bytes
+        return out_T
+
+    def gather_union(self, keys_G: Tensor) -> Tensor:
+        """Sorted distinct int64 keys held by any rank."""
+        union_G: Tensor = torch.unique(keys_G)
+        if self.size == 1:
+            return union_G
+        sizes = [torch.zeros(1, dtype=torch.int64, device=keys_G.device) for _ in range(self.size)]
+        self._library.all_gather(sizes, torch.tensor([len(keys_G)], device=keys_G.device), group=self._group)
+        longest = max(int(size) for size in sizes)
+        padded = torch.full((longest,), -1, dtype=torch.int64, device=keys_G.device)
+        padded[: len(keys_G)] = keys_G
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        self._library.all_gather(parts, padded, group=self._group)
+        union_G = torch.unique(torch.cat(parts))
+        return union_G[union_G >= 0]

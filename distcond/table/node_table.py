@@ -1,0 +1,97 @@
+"""The lazy node table of one tree layer: nodes exist once a gradient reached them; a missing node is a node of zeros.
+
+Legend: G nodes, P out, Q in, r rank.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from distcond.ops import NodeTensors
+from distcond.table.random_rows import uniform_rows
+from distcond.table.rows import RowStore
+
+
+class NodeTable:
+    """Rows of the nodes this rank holds: full ones (weight, bias) and low-rank ones (right, left with the bias).
+
+    Full nodes and left factors are born as zeros; right factors as uniform numbers of variance 1 / in_features, a pure
+    function of (seed, node id). Rows are float32.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, depth: int, full_depth: int, rank: int, *, seed: int, bias: bool
+    ) -> None:
+        self.in_features, self.out_features = in_features, out_features
+        self.depth, self.full_depth, self.rank = depth, full_depth, rank
+        self.seed, self.has_bias = seed, bias
+        bias_width = out_features if bias else 0
+        self.full = RowStore(out_features * in_features + bias_width)
+        self.low = RowStore(rank * (in_features + out_features) + bias_width)
+
+    @property
+    def num_full_ids(self) -> int:
+        """Node ids below this one belong to full nodes."""
+        return int(2 ** (self.full_depth + 1)) - 1
+
+    def stores(self) -> Iterator[tuple[str, RowStore]]:
+        """The two kinds of rows by name; the low-rank one only where levels use it."""
+        yield "full", self.full
+        if self.full_depth < self.depth:
+            yield "low", self.low
+
+    def tensors(self) -> NodeTensors:
+        """The rows as matrices."""
+        return self.as_matrices(self.full.data, self.low.data)
+
+    def as_matrices(self, full_SW: Tensor, low_SW: Tensor) -> NodeTensors:
+        """Views of flat rows of both kinds as matrices. Without biases theirs are zeros that nothing reads back."""
+        p, q, r = self.out_features, self.in_features, self.rank
+        return NodeTensors(
+            weight_SPQ=full_SW[:, : p * q].unflatten(1, (p, q)),
+            bias_SP=full_SW[:, p * q :] if self.has_bias else full_SW.new_zeros(len(full_SW), p),
+            right_SrQ=low_SW[:, : r * q].unflatten(1, (r, q)),
+            left_SxP=low_SW[:, r * q :].unflatten(1, (r + self.has_bias, p)),
+        )
+
+    def find(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        """Row of each node, per level, root first; -1 where it does not exist."""
+        return [self._store(level).find(nodes_G) for level, nodes_G in enumerate(levels)]
+
+    def ensure(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        """Row of each node, per level; nodes that do not exist are born."""
+        for name, store in self.stores():
+            part = levels[: self.full_depth + 1] if name == "full" else levels[self.full_depth + 1 :]
+            nodes_G = torch.cat(list(part))
+            new_G = nodes_G[store.find(nodes_G) < 0]
+            if len(new_G):
+                store.append(new_G, self.newborn(name, new_G))
+        return self.find(levels)
+
+    def newborn(self, name: str, nodes_G: Tensor) -> Tensor:
+        """The rows that nodes of a kind start with."""
+        store = self.full if name == "full" else self.low
+        rows_GW = store.data.new_zeros(len(nodes_G), store.width)
+        if name == "low":
+            size, bound = self.rank * self.in_features, (3.0 / self.in_features) ** 0.5
+            rows_GW[:, :size] = uniform_rows(self.seed, nodes_G, size, bound)
+        return rows_GW
+
+    def new_gradient(self, levels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Uninitialised flat gradient rows for the nodes of the given levels: full ones, low-rank ones."""
+        num_full = sum(len(nodes_G) for nodes_G in levels[: self.full_depth + 1])
+        num_low = sum(len(nodes_G) for nodes_G in levels) - num_full
+        data = self.full.data
+        return data.new_empty(num_full, self.full.width), data.new_empty(num_low, self.low.width)
+
+    def add_gradient(self, levels: Sequence[Tensor], full_GW: Tensor, low_GW: Tensor) -> None:
+        """Collect the gradient of nodes that exist, laid out as by `new_gradient`."""
+        rows = self.find(levels)
+        first_low = self.full_depth + 1
+        self.full.add_gradient(torch.cat(rows[:first_low]), full_GW)
+        if rows[first_low:]:
+            self.low.add_gradient(torch.cat(rows[first_low:]), low_GW)
+
+    def _store(self, level: int) -> RowStore:
+        return self.full if level <= self.full_depth else self.low

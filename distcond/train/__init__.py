@@ -1,0 +1,1 @@
+"""Training: the engine beside DeepSpeed, the loop, its hooks, checkpoints and metrics."""

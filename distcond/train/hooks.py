@@ -1,0 +1,162 @@
+"""What happens beside training: stop requests, metrics, validation, checkpoints, profiles."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+from distcond.config import TrainConfig
+from distcond.nn.cost import ModelCost
+from distcond.tracking import Tracker
+from distcond.train.checkpoint import save_checkpoint
+from distcond.train.metrics import Meter, ponder, quality, tree_usage
+from distcond.train.run_folder import write_json
+from distcond.train.schedule import learning_rate
+from distcond.train.state import Run, validate
+
+log = logging.getLogger(__name__)
+
+PROFILED_STEPS = range(5, 10)
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L4": 121.0, "V100": 125.0, "T4": 65.0}
+"Dense bf16 (or fp16) peaks of GPUs from their data sheets."
+
+
+class StopHook:
+    """Ends the run after this step, on all ranks at once, when somebody created RUN/stop."""
+
+    def after_step(self, run: Run) -> None:
+        """Agree on whether to stop."""
+        asked = torch.tensor([float(run.folder.stop_file.exists())])
+        run.stop = bool(run.engine.tables.world.max_(asked))
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class LogHook:
+    """Training metrics every `train.log_every` steps, and at the end."""
+
+    def __init__(self, tracker: Tracker | None, cost: ModelCost, peak_tflops: float | None) -> None:
+        self.tracker, self.cost, self.peak_tflops = tracker, cost, peak_tflops
+
+    def after_step(self, run: Run) -> None:
+        """Pool the window over ranks and write a row."""
+        if run.step % run.config.train.log_every and not run.is_last:
+            return
+        world, expert = run.engine.tables.world, run.engine.tables.expert
+        sums = world.sum_(run.meter.sums)
+        row: dict[str, float] = {"step": run.step}
+        figures = quality(sums, is_text=run.learner.is_text, prefix="train")
+        pondering = ponder(sums)
+        nll = figures["train/bpb"] * math.log(2) if run.learner.is_text else figures["train/nll"]
+        per_count = 1.0 if run.learner.is_text else float(sums[4] / sums[7])
+        row["train/loss"] = nll + run.learner.time_penalty * pondering["ponder/cost"] * per_count
+        row |= figures | pondering | tree_usage(run.learner, world, expert)
+        performance = run.meter.performance(expert, float(sums[4]))
+        if self.peak_tflops:
+            flops = 6 * self.cost.macs(pondering["ponder/steps"]) * performance["perf/tokens_per_s"]
+            performance["perf/mfu"] = flops / (self.peak_tflops * 1e12 * world.size)
+        lr = learning_rate(run.config.optim, run.step - 1, run.config.train.max_steps)
+        row |= performance | {"optim/lr": lr, "optim/grad_norm": run.engine.grad_norm}
+        row["optim/skipped_steps"] = run.meter.skipped
+        if self.tracker:
+            self.tracker.log(row)
+        run.meter = Meter(exchange_s=expert.elapsed_s)
+
+    def close(self) -> None:
+        """Finish the tracker."""
+        if self.tracker:
+            self.tracker.close()
+
+
+class ValidationHook:
+    """Validation every `train.eval_every` steps, and at the end; keeps the best figure."""
+
+    def __init__(self, tracker: Tracker | None, on_validation: Callable[[dict[str, float]], None]) -> None:
+        self.tracker, self.on_validation = tracker, on_validation
+
+    def after_step(self, run: Run) -> None:
+        """Validate and write a row."""
+        if run.step % run.config.train.eval_every and not run.is_last:
+            return
+        start = time.perf_counter()
+        sums = validate(run)
+        figures = quality(sums, is_text=run.learner.is_text, prefix="val") | ponder(sums, "val/ponder")
+        row: dict[str, float] = {"step": run.step, **figures, "perf/validation_s": time.perf_counter() - start}
+        metric = "val/bpb" if run.learner.is_text else "val/sequence_error"
+        best = run.summary.get("best")
+        if best is None or figures[metric] < best["value"]:
+            run.summary["best"] = {"metric": metric, "value": figures[metric], "step": run.step}
+        run.summary["last"] = figures
+        if self.tracker:
+            self.tracker.log(row)
+        self.on_validation(row)
+        run.meter.started += time.perf_counter() - start
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class CheckpointHook:
+    """Checkpoints every `checkpoint.every` steps, and at the end; writes the summary with each."""
+
+    def after_step(self, run: Run) -> None:
+        """Save, and say how far the run is."""
+        if run.step % run.config.checkpoint.every and not run.is_last:
+            return
+        start = time.perf_counter()
+        run.summary.update(step=run.step, stopped=run.stop)
+        save_checkpoint(
+            run.folder.checkpoints,
+            run.step,
+            dense=run.engine.dense_state(),
+            model=run.learner,
+            tables=run.engine.tables,
+            state={
+                "updates": run.updates,
+                "summary": run.summary,
+                "world_size": run.engine.tables.world.size,
+                "threads": torch.get_num_threads(),
+            },
+            keep_last=run.config.checkpoint.keep_last,
+        )
+        if run.engine.tables.world.rank == 0:
+            write_json(run.folder.summary_file, run.summary)
+        run.meter.started += time.perf_counter() - start
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class ProfileHook:
+    """A torch profiler trace of PROFILED_STEPS, one file a rank, in RUN/logs/profile."""
+
+    def __init__(self) -> None:
+        self.profiler: torch.profiler.profile | None = None
+
+    def after_step(self, run: Run) -> None:
+        """Start before the first profiled step, write after the last."""
+        if run.step + 1 == PROFILED_STEPS.start:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+        elif self.profiler and (run.step + 1 == PROFILED_STEPS.stop or run.is_last):
+            self.profiler.stop()
+            folder = run.folder.logs / "profile"
+            folder.mkdir(parents=True, exist_ok=True)
+            self.profiler.export_chrome_trace(str(folder / f"rank_{run.engine.tables.world.rank}.json"))
+            self.profiler = None
+
+    def close(self) -> None:
+        """Stop a profiler that training left running."""
+        if self.profiler:
+            self.profiler.stop()
+
+
+def peak_tflops(train: TrainConfig) -> float | None:
+    """Peak of this process's device: the configured one, else a known GPU's, else None."""
+    if train.peak_tflops is not None or not torch.cuda.is_available():
+        return train.peak_tflops
+    name = torch.cuda.get_device_name()
+    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)

@@ -1,0 +1,104 @@
+"""From sums to metrics: what a step reports, pooled over ranks.
+
+Names are given in the README; every one has a unit or is dimensionless.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from distcond.nn.model import SUMS
+from distcond.table import Collective
+from distcond.train.table_files import tree_layers
+
+
+def quality(sums: Tensor, *, is_text: bool, prefix: str) -> dict[str, float]:
+    """Losses and errors from figures in the order of SUMS, summed over ranks; NaN where nothing was counted."""
+    figure = dict(zip(SUMS, sums.tolist(), strict=True))
+    if is_text:
+        return {
+            f"{prefix}/bpb": _ratio(figure["nll"], figure["elements"]) / math.log(2),
+            f"{prefix}/element_error": _ratio(figure["element_errors"], figure["elements"]),
+        }
+    return {
+        f"{prefix}/nll": _ratio(figure["nll"], figure["sequences"]),
+        f"{prefix}/sequence_error": _ratio(figure["sequence_errors"], figure["sequences"]),
+        f"{prefix}/element_error": _ratio(figure["element_errors"], figure["elements"]),
+    }
+
+
+def ponder(sums: Tensor, prefix: str = "ponder") -> dict[str, float]:
+    """Mean steps N, ponder cost N + R and remainder R of a position."""
+    figure = dict(zip(SUMS, sums.tolist(), strict=True))
+    return {
+        f"{prefix}/steps": _ratio(figure["ponder_steps"], figure["positions"]),
+        f"{prefix}/cost": _ratio(figure["ponder_cost"], figure["positions"]),
+        f"{prefix}/remainder": _ratio(figure["remainder"], figure["positions"]),
+    }
+
+
+def tree_usage(model: nn.Module, world: Collective, expert: Collective) -> dict[str, float]:
+    """How the tokens since the last call spread over leaves, mean over layers; and the nodes that exist, all layers.
+
+    A collective call. leaf_entropy_nats: of the load; load_max_over_mean: busiest leaf over the mean of all 2**K;
+    dead_leaves: leaves without a token.
+    """
+    rows: list[dict[str, float]] = []
+    nodes = torch.zeros(1)
+    replicated = 0.0
+    for layer in tree_layers(model).values():
+        leaf_G, count_G = layer.take_leaf_loads()
+        union_G = world.gather_union(leaf_G)
+        load_G = torch.zeros(len(union_G), dtype=torch.float64, device=leaf_G.device)
+        load_G[torch.searchsorted(union_G, leaf_G)] = count_G.double()
+        share_G = world.sum_(load_G) / max(1.0, float(load_G.sum()))
+        rows.append(
+            {
+                "tree/leaf_entropy_nats": float(-(share_G * share_G.clamp(min=1e-300).log()).sum()),
+                "tree/load_max_over_mean": float(share_G.max()) * 2**layer.depth if len(share_G) else math.nan,
+                "tree/dead_leaves": float(2**layer.depth - len(union_G)),
+            }
+        )
+        if layer.table is None:
+            replicated += layer.num_materialized
+            continue
+        for _, store in layer.table.stores():
+            everywhere = layer.plan.node_owner(store.keys) < 0
+            replicated += float(everywhere.sum())
+            nodes += float((~everywhere).sum())
+    if not rows:
+        return {}
+    mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    return {**mean, "tree/materialized_nodes": float(expert.sum_(nodes)) + replicated}
+
+
+@dataclass(slots=True)
+class Meter:
+    """Sums and seconds since the last row of metrics."""
+
+    sums: Tensor = field(default_factory=lambda: torch.zeros(len(SUMS), dtype=torch.float64))
+    steps: int = 0
+    skipped: int = 0
+    data_wait_s: float = 0.0
+    exchange_s: float = 0.0
+    "Reading of the collective's clock when the window began."
+    started: float = field(default_factory=time.perf_counter)
+
+    def performance(self, expert: Collective, tokens: float) -> dict[str, float]:
+        """Speed of the window; `tokens` counts positions over all ranks."""
+        elapsed = time.perf_counter() - self.started
+        return {
+            "perf/tokens_per_s": tokens / elapsed,
+            "perf/step_ms": 1e3 * elapsed / max(1, self.steps),
+            "perf/data_wait_pct": 100 * self.data_wait_s / elapsed,
+            "perf/exchange_pct": 100 * (expert.elapsed_s - self.exchange_s) / elapsed,
+            "mem/rss_gib": psutil.Process().memory_info().rss / 2**30,
+        }
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else math.nan

@@ -1,0 +1,85 @@
+"""The run folder: the contract between commands, and who may write to it."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from distcond.config import Config
+from distcond.errors import RunError
+
+MAY_CHANGE = (
+    "train.",
+    "checkpoint.",
+    "tracking.",
+    "cluster.",
+    "sweep.",
+    "run.",
+    "optim.zero_stage",
+    "data.cache_dir",
+)
+"Keys, by prefix, that may differ when a run is continued: length, logging, workers, ZeRO stage."
+
+
+class RunFolder:
+    """Names of what a run writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.environment_file = path / "environment.json"
+        self.metrics = path / "metrics.jsonl"
+        self.summary_file = path / "summary.json"
+        self.checkpoints = path / "checkpoints"
+        self.logs = path / "logs"
+        self.stop_file = path / "stop"
+        self.lock_file = path / "lock"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder against a second process; a lock dies with its holder. Raises RunError where it is held."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self.lock_file.open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as busy:
+                lock.seek(0)
+                holder = lock.read().strip() or "another process"
+                raise RunError(f"{self.path} is being written by {holder}; wait for it, or use another run.name.") from busy
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}")
+            lock.flush()
+            yield
+
+
+def check_continues(old: Config, new: Config, folder: Path) -> None:
+    """Refuse to continue a run with settings that make it a different run.
+
+    Raises RunError that names the keys. May differ: length, logging, workers, ZeRO stage.
+    """
+    before, after = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    differ = [
+        f"{key}={after.get(key)!r} (was {before.get(key)!r})"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if differ:
+        raise RunError(f"{folder} holds a run with other settings: {'; '.join(differ)}; use another run.name.")
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON in one move: readers see the old file or the new one."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(file)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {key: leaf for name, part in value.items() for key, leaf in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}

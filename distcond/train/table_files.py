@@ -1,0 +1,96 @@
+"""Node tables in files: one for each part of the tables, rows in their order and moments beside them.
+
+A loader with the same placement takes its own file and is bit-equal; others pick their rows by node id from all files.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from distcond.errors import RunError
+from distcond.nn import TreeLinear
+from distcond.optim.sharded import ShardedRows
+from distcond.table import RowStore
+
+FILE_NAME, ANY_FILE = "tables_{:05d}_of_{:05d}.safetensors", "tables_*_of_*.safetensors"
+LOG_DECAY = "log_decay"
+"Where a file keeps the optimiser's sum of log(1 - lr x weight_decay)."
+
+
+def tree_layers(model: nn.Module) -> dict[str, TreeLinear]:
+    """The tree layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, TreeLinear)}
+
+
+def write_tables(folder: Path, model: nn.Module, tables: ShardedRows) -> None:
+    """Write the rows of all ranks into an existing folder. Collective: when it returns, every file is there."""
+    expert = tables.expert
+    if tables.replica.rank == 0:
+        rows = {key: value for name, layer in tree_layers(model).items() for key, value in _layer_rows(name, layer)}
+        rows[LOG_DECAY] = torch.tensor(tables.optimizer.log_decay, dtype=torch.float64)
+        save_file(rows, folder / FILE_NAME.format(expert.rank, expert.size))
+    if tables.world.rank == 0:
+        current = {FILE_NAME.format(rank, expert.size) for rank in range(expert.size)}
+        for file in folder.glob(ANY_FILE):
+            if file.name not in current:  # of an earlier save under this name, on another number of ranks
+                file.unlink()
+    tables.world.sum_(torch.zeros(1))
+
+
+def load_tables(folder: Path, model: nn.Module, *, rank: int = 0, size: int = 1) -> float:
+    """Fill the tables of rank `rank` of `size` expert-parallel ranks, with moments; returns the optimiser's log_decay.
+
+    Raises RunError where the folder holds no tables, or those of another model.
+    """
+    layers = {name: layer for name, layer in tree_layers(model).items() if layer.table is not None}
+    own, files = folder / FILE_NAME.format(rank, size), sorted(folder.glob(ANY_FILE))
+    if not files:
+        raise RunError(f"{folder} holds no node tables; give a checkpoint written by an engine of distcond.initialize.")
+    parts = [load_file(own)] if own in files else []
+    levels = {name: layer.plan.shard_level for name, layer in layers.items()}
+    same_plan = bool(parts) and all(int(parts[0].get(f"{name}/shard_level", -1)) == levels[name] for name in layers)
+    if not same_plan:
+        parts = [load_file(file) for file in files]
+    for name, layer in layers.items():
+        _load_layer(name, layer, parts, folder)
+        for _, store in layer.table.stores() if layer.table is not None and not same_plan else ():
+            owner = layer.plan.node_owner(store.keys)
+            store.keep((owner < 0) | (owner == rank))
+    return float(parts[0][LOG_DECAY])
+
+
+def _load_layer(name: str, layer: TreeLinear, parts: list[dict[str, Tensor]], folder: Path) -> None:
+    assert layer.table is not None
+    layer.table.seed = int(layer.seed)
+    for kind, store in layer.table.stores():
+        prefix = f"{name}/{kind}/"
+        pieces = [{k.removeprefix(prefix): v for k, v in part.items() if k.startswith(prefix)} for part in parts]
+        held = pieces[0]["rows"].shape[1] if pieces[0] else "no"
+        if held != store.width:
+            raise RunError(f"{folder} holds rows of {held} numbers for {name}, the model's have {store.width}.")
+        _fill(store, pieces)
+
+
+def _fill(store: RowStore, pieces: list[dict[str, Tensor]]) -> None:
+    device = store.keys.device
+    whole = {key: torch.cat([piece[key] for piece in pieces]).to(device) for key in pieces[0]}
+    keys, rows = whole.pop("keys"), whole.pop("rows")
+    if len(pieces) > 1:  # nodes above the shard level are in every file
+        ordered, order = torch.sort(keys, stable=True)
+        first = torch.ones_like(ordered, dtype=torch.bool)
+        first[1:] = ordered[1:] != ordered[:-1]
+        chosen = order[first]
+        keys, rows, whole = keys[chosen], rows[chosen], {key: value[chosen] for key, value in whole.items()}
+    store.replace(keys, rows, whole)
+
+
+def _layer_rows(name: str, layer: TreeLinear) -> Iterator[tuple[str, Tensor]]:
+    if layer.table is None:
+        return
+    yield f"{name}/shard_level", torch.tensor(layer.plan.shard_level)
+    for kind, store in layer.table.stores():
+        for part, value in {"keys": store.keys, "rows": store.data, **store.state}.items():
+            yield f"{name}/{kind}/{part}", value.detach().cpu().contiguous()

@@ -1,0 +1,255 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import pytest
+
+from distcond.cluster.submit import submit
+from distcond.compose import compose, load_config, override
+from distcond.config import Config
+from distcond.errors import ClusterError, ConfigError
+
+BIN = Path(sys.executable).parent
+TOKEN = "0123456789abcdef" * 4
+
+
+def test_submitting_to_this_machine_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cluster=local is this machine"):
+        submit("train", Config(), [], dry_run=False)
+
+
+def test_a_dry_run_to_ray_shows_the_request_the_files_and_the_configuration(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a-secret")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    overrides = ["cluster=ray", "cluster.address=http://127.0.0.1:1", "run.name=a-run", f"run.dir={tmp_path}", "seed=7"]
+    assert submit("train", compose(overrides), overrides, dry_run=True) == 0
+    shown = capsys.readouterr().out
+    request = json.loads(shown[shown.index("{") : shown.index("\n# package")])
+    assert request["address"] == "http://127.0.0.1:1"
+    assert request["entrypoint"] == "python -u -m distcond train --config submit.yaml"
+    assert request["runtime_env"] == {"env_vars": {"WANDB_MODE": "offline"}}
+    assert request["metadata"]["folder"] == f"{tmp_path}/a-run"
+    assert "\n  distcond/cluster/jobs.py\n" in shown
+    assert "\nseed: 7\n" in shown
+    assert "a-secret" not in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("what", "name"), [("train", "run.name=a-name"), ("sweep", "sweep.name=a-name")])
+def test_a_dry_run_to_slurm_shows_the_script(
+    what: Literal["train", "sweep"], name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    overrides = ["cluster=slurm", "sweep=depth_x_penalty", name, f"run.dir={tmp_path}"]
+    assert submit(what, compose(overrides), overrides, dry_run=True) == 0
+    shown = capsys.readouterr().out
+    assert "#SBATCH --job-name=a-name\n" in shown
+    assert f'python -u -m distcond {what} --config "$config"' in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_with_a_bad_space_is_not_sent(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sweep\.space is empty"):
+        submit("sweep", compose(["cluster=slurm", f"run.dir={tmp_path}"]), [], dry_run=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_sbatch_script_and_configuration_are_left_to_be_submitted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    config = compose(["cluster=slurm", "run.name=a-run", f"run.dir={tmp_path}", "seed=7"])
+    with pytest.raises(ClusterError, match=rf"run: sbatch {tmp_path}/a-run/submit.sbatch"):
+        submit("train", config, [], dry_run=False)
+    assert f'folder={tmp_path}/a-run\nconfig="$folder/submit.yaml"' in (tmp_path / "a-run/submit.sbatch").read_text()
+    assert load_config(tmp_path / "a-run/submit.yaml") == config
+
+
+# --- a real cluster ---------------------------------------------------------------------------------------------------
+
+SEND = """
+import sys
+from pathlib import Path
+from typing import Literal
+from distcond.cluster import jobs, submit
+address, entrypoint, package = sys.argv[1:]
+client = jobs.connect(address)
+identifier = jobs.send(client, jobs.Job(entrypoint, {"env_vars": {"FROM_HERE": "yes"}}, {"note": "test"}), Path(package))
+print("sent", identifier, flush=True)
+sys.exit(submit.follow_to_end(client, address, identifier))
+"""
+"What `submit` does once it has a package, for any entrypoint."
+
+
+@dataclass(frozen=True)
+class Cluster:
+    address: str
+    environment: dict[str, str]
+
+    def start(self, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+        """Python with these arguments, in a process of its own: Ray reads the token once per process."""
+        return subprocess.Popen(
+            [sys.executable, *arguments],
+            env=self.environment | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+        """The same, until it ends."""
+        process = self.start(*arguments, **environment)
+        try:
+            out, err = process.communicate(timeout=90)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A Ray of our own on loopback, with a token, ports and a folder that nobody else uses."""
+    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port", "metrics-export-port")
+    ports = {name: _free_port() for name in names}
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": TOKEN,
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={folder}"]
+        command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--object-store-memory=100000000"]
+        command += ["--min-worker-port=0", "--max-worker-port=0", *(f"--{name}={ports[name]}" for name in ports)]
+        log = Path(folder) / "head.log"
+        with log.open("wb") as output:
+            head = subprocess.Popen(command, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+        try:
+            address = f"http://127.0.0.1:{ports['dashboard-port']}"
+            _wait_for(lambda: _answers(address), head, log)
+            yield Cluster(address, environment)
+        finally:
+            _stop(head)
+
+
+@pytest.mark.ray
+def test_a_job_runs_in_its_package_and_its_log_arrives_once_and_whole(cluster: Cluster, tmp_path: Path) -> None:
+    lines = "import os; print(open('hello.txt').read(), os.environ['FROM_HERE'], *range(20000), sep='\\n')"
+    done = cluster.run("-c", SEND, cluster.address, f'python -c "{lines}"', _package(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    written = done.stdout.splitlines()
+    assert written[-20003:-1] == ["hello", "yes", *map(str, range(20000))]
+    assert written[-1].endswith(": succeeded")
+
+
+@pytest.mark.ray
+def test_a_job_that_fails_is_failure(cluster: Cluster, tmp_path: Path) -> None:
+    done = cluster.run("-c", SEND, cluster.address, "echo before; exit 3", _package(tmp_path))
+    assert done.returncode == 1
+    assert "before" in done.stdout.splitlines()
+    assert done.stdout.splitlines()[-1].endswith(": failed")
+
+
+@pytest.mark.ray
+def test_ctrl_c_leaves_the_job_running_and_says_how_to_stop_it(cluster: Cluster, tmp_path: Path) -> None:
+    following = cluster.start("-c", SEND, cluster.address, "echo up; sleep 100", _package(tmp_path))
+    assert following.stdout is not None
+    while following.stdout.readline() != "up\n":
+        assert following.poll() is None
+    following.send_signal(signal.SIGINT)
+    shown, _ = following.communicate(timeout=20)
+    assert following.returncode == 130
+    follow, stop = (line.partition("ray ")[2].split() for line in shown.splitlines()[-2:])
+    assert follow[:2] == ["job", "logs"]
+    status = cluster.run(str(BIN / "ray"), "job", "status", *stop[2:])
+    assert "RUNNING" in status.stdout + status.stderr
+    stopped = cluster.run(str(BIN / "ray"), *stop)
+    assert "was stopped" in stopped.stdout + stopped.stderr
+
+
+@pytest.mark.ray
+def test_a_run_that_is_sent_trains_there(cluster: Cluster, tmp_path: Path) -> None:
+    overrides = ["model=rnn", "data=parity", "model.width=8", "data.num_bits=4", "data.global_batch_size=8"]
+    overrides += [f"run.dir={tmp_path}", "run.name=a", "train.max_steps=5", "cluster.num_workers=2"]
+    overrides += ["cluster=ray", f"cluster.address={cluster.address}"]
+    done = cluster.run("-m", "distcond", "submit", "train", *overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert json.loads((tmp_path / "a" / "summary.json").read_text())["step"] == 5
+    assert load_config(tmp_path / "a" / "config.yaml") == override(compose(overrides), {"cluster.address": ""})
+    assert "(step 5 of 5" in done.stdout  # the run's own closing lines, by way of the job's log
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RAY_AUTH_TOKEN": "another"}, "refuses this token"),
+        ({"RAY_AUTH_MODE": "disabled"}, "asks for a token; set RAY_AUTH_MODE=token"),
+    ],
+)
+def test_without_the_right_token_nothing_is_sent(cluster: Cluster, environment: dict[str, str], message: str) -> None:
+    overrides = ["cluster=ray", f"cluster.address={cluster.address}"]
+    done = cluster.run("-m", "distcond", "submit", "train", *overrides, **environment)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def _package(folder: Path) -> str:
+    with zipfile.ZipFile(folder / "package.zip", "w") as archive:
+        archive.writestr("hello.txt", "hello")
+    return str(folder / "package.zip")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{address}/api/version", timeout=5).close()
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code == 401
+    except OSError:
+        return False
+    return True
+
+
+def _wait_for(condition: Callable[[], bool], head: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert head.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+
+
+def _stop(head: "subprocess.Popen[bytes]") -> None:
+    """End exactly the processes of this head: `ray stop` would end everyone's."""
+    processes = psutil.Process(head.pid).children(recursive=True)
+    head.terminate()  # Ray then ends its own
+    head.wait(30)
+    for process in processes:
+        if process.is_running():
+            process.kill()
+    assert psutil.wait_procs(processes, timeout=10)[1] == []

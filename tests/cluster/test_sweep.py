@@ -1,0 +1,262 @@
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from rich.console import Console
+
+from distcond.cluster import sweep_report
+from distcond.cluster.policy import Room
+from distcond.cluster.sweep import grace_steps, name_sweep, num_at_once, plan, trial_name, validation_interval
+from distcond.cluster.sweep_report import Memory, Outcome, Status, Trial
+from distcond.cluster.tuning import make_scheduler
+from distcond.compose import compose, load_config, save_config
+from distcond.config import ClusterConfig, Config, SweepConfig, TrainConfig
+from distcond.errors import ConfigError
+
+TINY = ["model=rnn", "data=parity", "model.width=8", "data.num_bits=4", "data.global_batch_size=8"]
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def test_trials_are_valid_runs_in_folders_of_their_own(tmp_path: Path) -> None:
+    space = {"model.tree.depth": [0, 2], "optim.lr": {"min": 1e-4, "max": 1e-2, "scale": "log"}}
+    config = compose([*TINY, f"run.dir={tmp_path}", "sweep.name=s", "sweep.num_samples=3"])
+    trials = plan(name_sweep(replace(config, sweep=replace(config.sweep, space=space))))
+    assert len(trials) == 2 * 3
+    assert len({trial.folder for trial in trials}) == 6
+    for trial in trials:
+        assert trial.folder.parent == tmp_path / "s"
+        assert trial.config.model.tree.depth == trial.overrides["model.tree.depth"]
+        assert trial.config.optim.lr == trial.overrides["optim.lr"]
+        assert trial.config.tracking.group == "s"
+        assert trial.config.sweep == SweepConfig()
+
+
+def test_a_sweep_has_a_name_and_an_absolute_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = name_sweep(Config())
+    assert config.run.dir == str(tmp_path / "runs")
+    assert config.sweep.name.startswith("sweep-")
+    with pytest.raises(ConfigError, match="must be a plain folder name"):
+        name_sweep(Config(sweep=SweepConfig(name="a/b")))
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"model.tree.dpth": [1, 2]}, r"model.tree.dpth=1\): .*dpth.*did you mean model.tree.depth"),
+        ({"model.tree.depth": [2, "deep"]}, r"model.tree.depth=deep\): .*model.tree.depth"),
+        ({"model.tree.depth": [2, 99]}, r"model.tree.depth=99\): model.tree.depth=99 is outside 0..62"),
+        ({"model.halting.kind": ["act", "never"]}, r"model.halting.kind=never\): .*never"),
+        ({"model.width": {"min": -3, "max": -1}}, r"model.width=-\d\): model.width=-\d is below 1"),
+        ({"data.name": ["parity", "stdlib"]}, "sweep.space mixes text and tasks"),
+    ],
+)
+def test_a_trial_that_cannot_run_is_refused_before_anything_starts(space: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config = compose([*TINY, f"run.dir={tmp_path}/runs"])
+    with pytest.raises(ConfigError, match=message) as error:
+        plan(name_sweep(replace(config, sweep=replace(config.sweep, space=space))))
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trial_may_need_all_of_its_overrides_to_be_valid() -> None:
+    space = {"model.tree.depth": [4], "model.tree.full_depth": [3]}
+    config = compose(TINY)
+    assert len(plan(name_sweep(replace(config, sweep=replace(config.sweep, space=space))))) == 1
+
+
+def test_the_shipped_sweep_is_valid_for_the_default_model() -> None:
+    trials = plan(name_sweep(compose(["sweep=depth_x_penalty", "cluster.num_workers=1"])))
+    assert len(trials) == 4 * 3
+
+
+def test_names_are_folder_names() -> None:
+    assert trial_name(7, {"model.tree.depth": 4, "optim.lr": 0.001}) == "007-depth=4-lr=0.001"
+    assert trial_name(0, {"optim.betas": [0.9, 0.95], "data.path": "a/../b"}) == "000-betas=_0.9_0.95_-path=a_.._b"
+    assert len(trial_name(1, {"data.path": "x" * 300})) <= 80
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "eval_every", "grace", "interval"),
+    [(50, 100, 13, 13), (1000, 100, 250, 250), (1000, 50, 250, 50), (1, 100, 1, 1), (400, 100, 100, 100)],
+)
+def test_a_validation_falls_on_every_rung(max_steps: int, eval_every: int, grace: int, interval: int) -> None:
+    config = Config(train=TrainConfig(max_steps=max_steps, eval_every=eval_every))
+    assert grace_steps(config) == grace
+    assert validation_interval(config) == interval
+    scheduler = make_scheduler(config, grace_steps(config))
+    if isinstance(scheduler, ASHAScheduler):
+        milestones = [milestone for milestone, _ in scheduler._brackets[0]._rungs]
+        assert milestones[-1] == grace
+        assert all(milestone % interval == 0 and milestone < max_steps for milestone in milestones)
+
+
+def test_asha_stops_the_worse_at_a_rung_and_nobody_at_the_last_step() -> None:
+    config = Config(train=TrainConfig(max_steps=40), sweep=SweepConfig(asha_grace=0.25))
+    bracket = make_scheduler(config, grace_steps(config))._brackets[0]
+    good, bad = (_FakeTrial(name) for name in ("good", "bad"))
+    assert bracket.on_result(good, 10, -1.0) == "CONTINUE"
+    assert bracket.on_result(bad, 10, -2.0) == "STOP"
+    scheduler = make_scheduler(config, grace_steps(config))
+    for trial, error in ((good, 1.0), (bad, 2.0)):
+        scheduler.on_trial_add(None, trial)
+        for step in (10, 20, 30, 40):
+            bad_from_now_on = error if step == 40 else 1.0
+            result = {"step": step, "val/bpb": bad_from_now_on}
+            assert scheduler.on_trial_result(None, trial, result) == "CONTINUE"
+
+
+class _FakeTrial:
+    def __init__(self, trial_id: str) -> None:
+        self.trial_id = trial_id
+
+
+def test_without_steps_to_save_nobody_is_stopped_early() -> None:
+    for config in (Config(sweep=SweepConfig(asha_grace=1.0)), Config(train=TrainConfig(max_steps=1))):
+        assert isinstance(make_scheduler(config, grace_steps(config)), FIFOScheduler)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "workers", "limit", "expected"),
+    [(2, [2, 2], None, 1), (8, [2, 2, 2], None, 3), (8, [2, 4], None, 2), (8, [1] * 9, 3, 3)],
+)
+def test_as_many_trials_at_once_as_the_largest_leaves_room_for(
+    cpus: int, workers: list[int], limit: int | None, expected: int
+) -> None:
+    trials = [Trial(str(n), {}, Config(cluster=ClusterConfig(num_workers=n))) for n in workers]
+    assert num_at_once(trials, Room(cpus=cpus, gpus=0), limit) == expected
+
+
+# --- what came out ----------------------------------------------------------------------------------------------------
+
+
+def _trial(folder: Path, max_steps: int = 50) -> Trial:
+    config = compose([*TINY, f"run.dir={folder}", "run.name=a", f"train.max_steps={max_steps}"])
+    (folder / "a").mkdir()
+    return Trial("a", {"model.tree.depth": 2}, config)
+
+
+def test_an_outcome_is_what_the_run_folder_says(tmp_path: Path) -> None:
+    trial = _trial(tmp_path)
+    rows: list[dict[str, float]] = [
+        {"step": 10, "train/loss": 1.0},
+        {"step": 13, "val/sequence_error": 0.5, "val/ponder/steps": 2.5},
+        {"step": 20, "train/loss": 0.9},
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (trial.folder / "metrics.jsonl").write_text(text + '{"step": 30, "tra')
+    outcome = sweep_report.read_outcome(trial, Memory(started={"a"}))
+    assert (outcome.status, outcome.steps, outcome.quality, outcome.ponder_steps) == (Status.stopped, 20, 0.5, 2.5)
+    assert outcome.command == f"distcond train --config {tmp_path}/a/config.yaml"
+    failed = sweep_report.read_outcome(trial, Memory(started={"a"}, failed={"a"}))
+    assert (failed.status, failed.error) == (Status.failed, "its process died")
+    finished = replace(trial, config=replace(trial.config, train=TrainConfig(max_steps=20)))
+    assert sweep_report.read_outcome(finished, Memory(started={"a"})).status == Status.finished
+
+
+def test_a_trial_that_never_started_has_no_figures(tmp_path: Path) -> None:
+    outcome = sweep_report.read_outcome(_trial(tmp_path), Memory())
+    assert (outcome.status, outcome.steps, outcome.quality) == (Status.not_run, 0, None)
+
+
+def _outcome(name: str, quality: float | None, steps: float | None, status: Status = Status.finished) -> Outcome:
+    error = "a worker died" if status == Status.failed else None
+    return Outcome(name, {"model.tree.depth": 2}, status, 50, quality, steps, 1000, f"/runs/s/{name}", error)
+
+
+def test_table_and_file_tell_the_same_front(tmp_path: Path) -> None:
+    outcomes = [
+        _outcome("cheap", 2.5, 1.0),
+        _outcome("good", 2.1, 3.0),
+        _outcome("beaten", 2.6, 2.0),
+        _outcome("failed", 1.0, 1.0, Status.failed),
+        _outcome("early", None, None, Status.stopped),
+    ]
+    assert [outcome.name for outcome in sweep_report.best(outcomes)] == ["cheap", "good"]
+    sweep_report.save(tmp_path / "sweep.json", "s", "val/bpb", outcomes)
+    saved = json.loads((tmp_path / "sweep.json").read_text())
+    assert saved["pareto"] == ["cheap", "good"]
+    assert [trial["pareto"] for trial in saved["trials"]] == [True, True, False, False, False]
+    assert {trial["status"] for trial in saved["trials"]} == {"finished", "failed", "stopped"}
+    screen = io.StringIO()
+    sweep_report.show(Console(file=screen, width=150), tmp_path, "val/bpb", outcomes)
+    shown = screen.getvalue()
+    assert sum(line.lstrip("│ ").startswith("*") for line in shown.splitlines()) == 2
+    assert "val/bpb 2.1 at 3 ponder steps: distcond train --config /runs/s/good/config.yaml" in shown
+    assert "failed: a worker died (logs: /runs/s/failed/logs)" in shown
+
+
+# --- whole sweeps -----------------------------------------------------------------------------------------------------
+
+
+def test_a_bad_space_is_one_line_and_no_ray(tmp_path: Path) -> None:
+    started = time.monotonic()
+    done = _sweep(tmp_path, "+sweep.space={model.tree.dpth:[1,2]}")
+    assert time.monotonic() - started < 5
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert "did you mean model.tree.depth" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.ray
+def test_trials_finish_or_stop_early_or_fail_and_leave_room_for_the_next(shared_ray: Room, tmp_path: Path) -> None:
+    # One bit of parity is learnt at once or, without a learning rate, never. A folder that holds another run fails.
+    save_config(compose(["seed=5"]), _folder(tmp_path / "s" / "003-lr=0.01") / "config.yaml")
+    done = _sweep(
+        tmp_path,
+        *("sweep.name=s", "+sweep.space={optim.lr:[0.03,1.0e-9,0.02,0.01]}", "data.num_bits=1", "model.width=16"),
+        *("train.max_steps=400", "sweep.asha_grace=0.1"),
+        *("cluster.num_workers=1", f"cluster.cpus_per_worker={shared_ray.cpus}"),
+        RAY_ADDRESS=ray.get_runtime_context().gcs_address,
+    )
+    assert done.returncode == 1, done.stderr
+    saved = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    first, second, third, fourth = saved["trials"]
+    # A trial fills this Ray: the third could not run if anything of the second, stopped early, were left.
+    assert [trial["status"] for trial in saved["trials"]] == ["finished", "stopped", "finished", "failed"]
+    assert (first["steps"], first["quality"], first["ponder_steps"]) == (400, 0.0, 1.0)
+    assert 40 <= second["steps"] < 400
+    assert third["quality"] == 0.0
+    assert "holds a run with other settings" in fourth["error"]
+    assert saved["pareto"] == [first["name"], third["name"]]
+    assert f"{fourth['folder']}/logs" in done.stdout
+    # Stopped early, a trial has saved itself as any run does, and is a run like any other.
+    summary = json.loads((Path(second["folder"]) / "summary.json").read_text())
+    assert (summary["stopped"], summary["step"]) == (True, second["steps"])
+    assert load_config(Path(second["folder"]) / "config.yaml").optim.lr == 1e-9
+    assert _workers() == []
+    assert ray.available_resources()["CPU"] == shared_ray.cpus
+
+
+def _sweep(folder: Path, *overrides: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "distcond", "sweep", *TINY, f"run.dir={folder}", *overrides],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path
+
+
+def _workers() -> list[str]:
+    """Names of the processes of runs below this one."""
+    names = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+    return [name for name in names if "RayTrainWorker" in name or "_DataActor" in name or "_Controller" in name]

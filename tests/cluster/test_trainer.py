@@ -1,0 +1,326 @@
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from distcond.cluster import trainer
+from distcond.cluster.trainer import TrainingError, closing_lines, fit, name_run, prepare_run
+from distcond.compose import load_config, override
+from distcond.config import Config
+from distcond.errors import ClusterError, DataError, RunError
+from distcond.train.run_folder import RunFolder
+from tests.helpers import small_config
+
+TIMEOUT_S = 240.0
+"Longer than anything here takes on two busy cores; what takes longer hangs."
+
+
+def wait_until(happens: Callable[[], Any]) -> Any:
+    end = time.monotonic() + TIMEOUT_S
+    while not (found := happens()):
+        assert time.monotonic() < end, "this hangs"
+        time.sleep(0.05)
+    return found
+
+
+def read_rows(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_clocks(row: dict[str, float]) -> dict[str, float]:
+    return {key: value for key, value in row.items() if not key.startswith(("perf/", "mem/"))}
+
+
+# --- names and folders ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_has_a_name_and_an_absolute_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = name_run(Config())
+    assert config.run.dir == str(tmp_path / "runs")
+    assert config.run.name.startswith("transformer-stdlib-20")
+    assert name_run(config) == config
+
+
+def test_a_name_used_again_continues_that_run_or_is_refused(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    path = prepare_run(config)
+    (path / "stop").touch()
+    longer = override(config, {"train.max_steps": 9})
+    assert prepare_run(longer) == path
+    assert load_config(path / "config.yaml") == longer
+    assert not (path / "stop").exists()  # that was for the run before
+    with pytest.raises(RunError, match=r"model.width=32 \(was 16\)"):
+        prepare_run(override(config, {"model.width": 32}))
+
+
+def test_a_folder_that_is_being_written_is_refused(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    with RunFolder(tmp_path / "run").locked(), pytest.raises(RunError, match=f"is being written by process {os.getpid()}"):
+        prepare_run(config)
+
+
+def test_what_has_no_room_is_refused_before_ray_starts_and_leaves_nothing(tmp_path: Path) -> None:
+    config = small_config(tmp_path, cluster__num_workers=64, data__global_batch_size=64)
+    start = time.monotonic()
+    with pytest.raises(ClusterError, match=r"cluster.num_workers=64 x 1 CPU asks for 64 CPUs; this machine has \d+: use"):
+        trainer.launch(config)
+    assert time.monotonic() - start < 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("summary", "lines"),
+    [
+        (
+            {"step": 9, "stopped": False, "best": {"metric": "val/bpb", "value": 2.13456, "step": 8}},
+            ["run   runs/a b (step 9 of 9, 2:05)", "best  val/bpb 2.135 at step 8", "next  distcond evaluate 'runs/a b'"],
+        ),
+        (
+            {"stopped": True},
+            [
+                "run   runs/a b (step 0 of 9, 2:05)",
+                "best  no validation yet",
+                "next  distcond train --config 'runs/a b/config.yaml'",
+            ],
+        ),
+    ],
+)
+def test_the_last_lines_say_where_how_good_and_what_next(
+    summary: dict[str, Any], lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert closing_lines(tmp_path / "runs/a b", summary, 9, 125.0) == lines
+
+
+# --- workers, on a Ray that is there ----------------------------------------------------------------------------------
+
+
+def crowded(config: Config) -> Config:
+    """The same with workers that leave room for what other tests run meanwhile."""
+    return replace(config, cluster=replace(config.cluster, cpus_per_worker=0.1))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shared_ray: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
+    config = crowded(small_config(tmp_path_factory.mktemp("uninterrupted"), train__max_steps=40))
+    path = prepare_run(config)
+    yield path, fit(config)
+
+
+@pytest.mark.ray
+def test_ranks_train_and_write_to_their_logs_alone(uninterrupted: tuple[Path, dict[str, Any]]) -> None:
+    path, summary = uninterrupted
+    assert summary["step"] == 40
+    assert not summary["stopped"]
+    assert read_rows(path)[-1]["step"] == 40
+    assert {file.name for file in (path / "logs").glob("rank_*")} == {"rank_0.log", "rank_1.log"}
+    assert not (path / "logs" / "restarts.log").exists()
+
+
+@pytest.mark.ray
+def test_validations_are_reported_to_a_trial_once(shared_ray: Any, tmp_path: Path) -> None:
+    reports = tmp_path / "reported"
+
+    class WriteDown:  # a callback of Ray Train's kind; a class of a function travels with its code
+        def after_report(self, run_context: Any, metrics: list[dict[str, float]], checkpoint: None) -> None:
+            with reports.open("a") as file:
+                file.write(json.dumps(metrics[0]) + "\n")
+
+    config = crowded(small_config(tmp_path))
+    path = prepare_run(config)
+    fit(config, report=True, callbacks=[WriteDown()])
+    validated = [row for row in read_rows(path) if "val/sequence_error" in row]
+    reported = [json.loads(line) for line in reports.read_text().splitlines()]
+    assert [row["step"] for row in reported] == [2, 4]
+    assert reported == validated
+
+
+@pytest.mark.ray
+def test_a_killed_worker_changes_nothing_but_the_time(uninterrupted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    config = crowded(small_config(tmp_path, train__max_steps=40))
+    path = prepare_run(config)
+    before = set(find_workers())
+
+    def kill_one() -> None:
+        wait_until(lambda: (path / "checkpoints" / "latest").exists())
+        max(set(find_workers()) - before, key=lambda process: process.pid).kill()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    summary = fit(config)
+    killer.join()
+    assert summary["step"] == 40
+    assert (path / "logs" / "restarts.log").read_text() in {
+        f"Restarting: worker {rank} lost (failure 1 of 3 allowed).\n" for rank in (0, 1)
+    }
+    expected, _ = uninterrupted
+    assert list(map(without_clocks, read_rows(path))) == list(map(without_clocks, read_rows(expected)))
+
+
+def find_workers() -> list[psutil.Process]:
+    """Processes of ranks; Ray names them after the class of the actor."""
+    workers = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            if "".join(process.cmdline()).startswith("ray::RayTrainWorker"):
+                workers.append(process)
+    return workers
+
+
+@pytest.mark.ray
+def test_a_mistake_found_by_a_worker_arrives_as_it_was(shared_ray: Any, tmp_path: Path) -> None:
+    text = {"model__name": "transformer", "model__heads": 2, "data__name": "text", "data__files": [f"{tmp_path}/none.txt"]}
+    config = crowded(small_config(tmp_path, **text))
+    path = prepare_run(config)
+    with pytest.raises(DataError) as error:
+        fit(config)
+    assert "none.txt" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (path / "logs" / "restarts.log").exists()  # it would be the same mistake
+
+
+@pytest.mark.ray
+def test_any_other_failure_names_its_rank_and_log_and_is_tried_twice(shared_ray: Any, tmp_path: Path) -> None:
+    config = crowded(small_config(tmp_path))
+    path = prepare_run(config)
+    (path / "metrics.jsonl").mkdir()  # rank 0 cannot write it
+    with pytest.raises(TrainingError, match=f"^worker 0 failed: IsADirectoryError: .*; see {path}/logs/rank_0.log.$"):
+        fit(config)
+    assert "IsADirectoryError" in (path / "logs" / "rank_0.log").read_text()
+    assert (path / "logs" / "restarts.log").read_text().count("Restarting: worker 0 failed: IsADirectoryError") == 1
+
+
+@pytest.mark.ray
+def test_a_stop_before_training_begins_needs_no_step(shared_ray: Any, tmp_path: Path) -> None:
+    config = crowded(small_config(tmp_path))
+    path = prepare_run(config)
+    (path / "stop").touch()
+    assert fit(config) == {"stopped": True}
+    assert not (path / "metrics.jsonl").exists()
+
+
+@pytest.mark.ray
+def test_the_places_of_a_killed_trial_are_free_again(shared_ray: Any, tmp_path: Path) -> None:
+    config = crowded(small_config(tmp_path, train__max_steps=10**6))
+    path = prepare_run(config)
+
+    class Trial:  # as Tune has it: an actor, which is killed when it is stopped early
+        def run(self) -> None:
+            fit(config, report=True)
+
+    trial = ray.remote(Trial).options(num_cpus=0).remote()
+    trial.run.remote()
+    wait_until(lambda: (path / "logs" / "started").exists())
+    assert ray.available_resources().get("CPU", 0) < shared_ray.cpus
+    ray.kill(trial)
+    wait_until(lambda: ray.available_resources().get("CPU", 0) == shared_ray.cpus)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+class Command:
+    """`distcond train` as a process of its own, in a group of its own as a terminal would start it."""
+
+    def __init__(self, folder: Path, *words: str) -> None:
+        self.process = psutil.Popen(
+            [sys.executable, "-u", "-m", "distcond", "train", *words],
+            cwd=folder,
+            env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.lines: list[str] = []
+        self.started: set[psutil.Process] = set()
+        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout))
+        self._reader.start()
+
+    def says(self, text: str) -> bool:
+        self.started |= set(self.process.children(recursive=True))
+        assert self.process.poll() is None, f"ended early: {self.lines} {self.process.stderr.read()}"
+        return any(text in line for line in self.lines)
+
+    def end(self) -> tuple[int, str]:
+        """Exit status and what was written to stderr; nothing that was started may be left."""
+        status = self.process.wait(TIMEOUT_S)
+        self._reader.join()
+        left = [process for process in self.started if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        assert left == []
+        with self.process.stderr as stream:
+            errors = stream.read()
+        self.process.stdout.close()
+        return status, errors
+
+
+def words(folder: Path, **changes: Any) -> list[str]:
+    """The command line of a small run that would never end."""
+    config = small_config(folder, train__max_steps=10**6, train__log_every=5, checkpoint__every=10**6, **changes)
+    prepare_run(config)
+    return ["--config", str(folder / "run" / "config.yaml")]
+
+
+@pytest.mark.ray
+def test_one_ctrl_c_saves_a_checkpoint_ends_within_10_s_and_the_run_goes_on_later(tmp_path: Path) -> None:
+    command = Command(tmp_path, *words(tmp_path))
+    wait_until(lambda: command.says("step "))
+    os.killpg(command.process.pid, signal.SIGINT)  # a terminal sends it to all processes of the group
+    start = time.monotonic()
+    status, errors = command.end()
+    assert time.monotonic() - start < 10
+    assert (status, errors) == (130, "")
+    assert command.lines[-1] == "next  distcond train --config run/config.yaml\n"
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["stopped"]
+    step = summary["step"]
+    assert step > 0
+
+    config = load_config(tmp_path / "run" / "config.yaml")
+    prepare_run(override(config, {"train.max_steps": step + 10}))
+    command = Command(tmp_path, "--config", "run/config.yaml")
+    assert command.end() == (0, "")
+    assert [line.split()[0] for line in command.lines[-3:]] == ["run", "best", "next"]
+    steps = [row["step"] for row in read_rows(tmp_path / "run") if "train/loss" in row]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == step + 10
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("moment", ["Ray", "2 workers"])
+def test_a_sigterm_while_starting_ends_within_10_s(moment: str, tmp_path: Path) -> None:
+    command = Command(tmp_path, *words(tmp_path))
+    wait_until(lambda: command.says(f"waiting for {moment}"))
+    time.sleep(1)
+    command.says(f"waiting for {moment}")
+    command.process.send_signal(signal.SIGTERM)
+    start = time.monotonic()
+    assert command.end() == (130, "")
+    assert time.monotonic() - start < 10
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.ray
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    command = Command(tmp_path, *words(tmp_path))
+    wait_until(lambda: command.says("waiting for the first figures"))
+    os.killpg(command.process.pid, signal.SIGINT)
+    wait_until(lambda: command.says("Stopping"))
+    os.killpg(command.process.pid, signal.SIGINT)
+    start = time.monotonic()
+    assert command.end() == (130, "")
+    assert time.monotonic() - start < 2
+    assert command.lines[-1] == "Stopped at once.\n"

@@ -1,0 +1,26 @@
+"""What holds for every test, and the run that several of them read."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from distcond.config import Config
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: tensors are small here, and ranks share cores
+
+
+@pytest.fixture(scope="session")
+def text_run(tmp_path_factory: pytest.TempPathFactory) -> "Config":
+    """A finished run on text, on 2 ranks, with validations, checkpoints and a profile; not to be changed."""
+    # NOTE: imported here, because most tests need no torch.
+    from distcond.compose import save_config
+    from tests.helpers import text_config, train_run
+
+    rhythm = {"train__max_steps": 12, "train__log_every": 3, "train__eval_every": 5, "checkpoint__every": 6}
+    config = text_config(tmp_path_factory.mktemp("text"), cluster__num_workers=2, train__profile=True, **rhythm)
+    train_run(config)
+    save_config(config, Path(config.run.dir) / config.run.name / "config.yaml")
+    return config

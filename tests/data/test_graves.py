@@ -1,0 +1,99 @@
+"""The tasks of Graves 2016, against implementations that share nothing with ours."""
+
+import numpy as np
+import pytest
+
+from distcond.data.graves import VALIDATION_BLOCK, GeneratedTask, logic, parity
+
+GATES = [  # table 1 of the paper, in its order, as formulas
+    lambda p, q: not (p or q),
+    lambda p, q: (not p) and q,
+    lambda p, q: p and not q,
+    lambda p, q: p != q,
+    lambda p, q: not (p and q),
+    lambda p, q: p and q,
+    lambda p, q: p == q,
+    lambda p, q: (not p) or q,
+    lambda p, q: p or not q,
+    lambda p, q: p or q,
+]
+
+
+@pytest.mark.parametrize("num_bits", [1, 5, 64])
+def test_parity_is_whether_the_number_of_ones_is_odd(num_bits: int) -> None:
+    batch = parity(num_bits).rows(0, 0, 500)
+    assert batch.inputs.shape == (500, 1, num_bits) and batch.targets.shape == (500, 1, 1)
+    assert batch.inputs.dtype == batch.targets.dtype == np.float32
+    assert batch.lengths.tolist() == [1] * 500
+    for vector, target in zip(batch.inputs[:, 0].tolist(), batch.targets[:, 0, 0].tolist(), strict=True):
+        assert target == vector.count(1.0) % 2
+        assert 1 <= vector.count(1.0) + vector.count(-1.0) == num_bits - vector.count(0.0)
+
+
+def test_parity_draws_counts_places_and_signs_evenly() -> None:
+    """10,000 rows: a share of 1/4 has a standard error of 0.0043, one of 1/2 of 0.005; both bounds are four of them."""
+    vectors = parity(4).rows(0, 0, 10_000).inputs[:, 0]
+    counts = np.count_nonzero(vectors, axis=1)
+    assert np.abs(np.bincount(counts, minlength=5)[1:] / 10_000 - 1 / 4).max() < 0.018
+    places = vectors[counts == 2] != 0
+    assert np.abs(places.mean(axis=0) - 1 / 2).max() < 0.04  # a quarter of the rows, so twice the error
+    assert abs((vectors == 1).sum() / counts.sum() - 1 / 2) < 0.02
+
+
+def naive_logic(vectors: list[list[float]]) -> list[float]:
+    targets: list[float] = []
+    for vector in vectors:
+        before, now = bool(targets[-1] if targets else vector[0]), bool(vector[1])
+        for chunk in range(10):
+            one_hot = vector[2 + 10 * chunk : 12 + 10 * chunk]
+            if sum(one_hot):
+                before, now = now, bool(GATES[one_hot.index(1.0)](now, before))
+        targets.append(float(now))
+    return targets
+
+
+@pytest.mark.parametrize(("max_length", "max_gates"), [(1, 1), (3, 10), (10, 4), (10, 10)])
+def test_logic_follows_the_chain_of_gates(max_length: int, max_gates: int) -> None:
+    batch = logic(max_length, max_gates).rows(0, 0, 200)
+    assert batch.inputs.shape == (200, max_length, 102) and batch.targets.shape == (200, max_length, 1)
+    for vectors, targets, length in zip(batch.inputs, batch.targets, batch.lengths, strict=True):
+        assert targets[:length, 0].tolist() == naive_logic(vectors[:length].tolist())
+
+
+@pytest.mark.parametrize(("max_length", "max_gates"), [(1, 1), (10, 4), (10, 10)])
+def test_logic_vectors_are_as_the_paper_says(max_length: int, max_gates: int) -> None:
+    batch = logic(max_length, max_gates).rows(0, 1, 500)
+    inside = np.arange(max_length) < batch.lengths[:, None]
+    chunks = batch.inputs[:, :, 2:].reshape(500, max_length, 10, 10).sum(axis=3)
+    used = chunks.sum(axis=2)
+    assert set(np.unique(batch.inputs)) | set(np.unique(batch.targets)) <= {0.0, 1.0}
+    assert set(batch.lengths.tolist()) == set(range(1, max_length + 1))
+    assert set(used[inside].tolist()) == set(range(1, max_gates + 1))
+    assert np.array_equal(chunks, np.arange(10) < used[..., None])  # one-hot, and the used chunks come first
+    assert not batch.inputs[:, 1:, 0].any()  # b_0 is hidden from the second vector on
+    assert not batch.inputs[~inside].any() and not batch.targets[~inside].any()
+    assert batch.inputs[:, 0, 0].any() and (max_length == 1 or batch.inputs[:, 1:, 1].any())
+
+
+def test_every_gate_is_drawn() -> None:
+    gates = logic(10, 10).rows(0, 0, 100).inputs[:, :, 2:].reshape(-1, 10).sum(axis=0)
+    assert np.abs(gates / gates.sum() - 1 / 10).max() < 0.03  # some 3,000 gates: four standard errors are 0.022
+
+
+@pytest.mark.parametrize("task", [parity(8), logic(4, 3)], ids=lambda task: task.name)
+def test_a_validation_row_is_the_same_whoever_asks(task: GeneratedTask) -> None:
+    size = 2 * VALIDATION_BLOCK + 10
+    whole = task.validation_rows(0, size)
+    for start, stop in [(0, 3), (250, 260), (VALIDATION_BLOCK, 2 * VALIDATION_BLOCK), (255, 513), (500, size)]:
+        part = task.validation_rows(start, stop - start)
+        assert np.array_equal(part.inputs, whole.inputs[start:stop])
+        assert np.array_equal(part.targets, whole.targets[start:stop])
+        assert np.array_equal(part.lengths, whole.lengths[start:stop])
+        assert part.global_count == stop - start
+    assert len(task.validation_rows(VALIDATION_BLOCK, 0).lengths) == 0
+
+
+def test_validation_is_not_what_seed_0_trains_on() -> None:
+    task = parity(64)
+    trained = {row.tobytes() for step in range(20) for row in task.rows(0, step, VALIDATION_BLOCK).inputs}
+    assert not trained & {row.tobytes() for row in task.validation_rows(0, 1000).inputs if np.count_nonzero(row) > 8}

@@ -1,0 +1,58 @@
+"""Golden losses: what 20 steps of two small runs gave. Written by `python -m tests.golden.regenerate`.
+
+Run that only for a change that is meant to alter results, and say in its commit why and by how much.
+"""
+
+import json
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from distcond.config import Config
+from tests.helpers import small_config, text_config, train_run
+
+FILE = Path(__file__).with_name("losses.json")
+RHYTHM = {"cluster__num_workers": 1, "train__max_steps": 20, "train__eval_every": 20, "checkpoint__every": 20}
+NAMES = ("parity", "text")
+
+
+def config_of(name: str, folder: Path) -> Config:
+    """parity: tanh cell, ACT, lazy tree. text: a small copy of the default run."""
+    if name == "parity":
+        return small_config(folder, **RHYTHM)
+    shape = {"model__width": 32, "model__heads": 2, "model__feed_forward": 64, "model__tree__depth": 4}
+    return text_config(folder, **shape, **RHYTHM, optim__lr=3e-3, data__context=32, optim__warmup_steps=5)
+
+
+def losses_of(name: str) -> list[float]:
+    """`train/loss` of every step, on one rank and one thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        train_run(config_of(name, Path(folder)))
+        rows = (json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines())
+        return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+def machine() -> dict[str, str]:
+    """What rounding depends on: libraries choose their kernels by the instructions and the model of the processor."""
+    described = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    models = [line.partition(": ")[2] for line in described.splitlines() if line.startswith("model name")]
+    return {
+        "torch": torch.__version__.partition("+")[0],
+        "numpy": numpy.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu": models[0] if models else platform.machine(),
+    }
+
+
+def main() -> None:
+    """Write the file anew."""
+    losses: dict[str, Any] = {name: [loss.hex() for loss in losses_of(name)] for name in NAMES}
+    FILE.write_text(json.dumps({"machine": machine(), "losses": losses}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Closed forms of cost against built models: parameters counted one by one, multiplications counted as they happen."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distcond.config import CellName, GateName, HaltingConfig, HaltingKind, ModelConfig, ModelName, Storage, TreeConfig
+from distcond.nn import TreeLinear
+from distcond.nn.cost import model_cost, tree_cost
+from distcond.nn.model import Learner, build_learner
+
+TREES: list[dict[str, Any]] = [
+    {"depth": 0},
+    {"depth": 3},
+    {"depth": 3, "full_depth": 1, "rank": 2},
+    {"depth": 3, "full_depth": 0, "rank": 1},
+    {"depth": 3, "gate": GateName.hash},
+]
+MODELS: list[dict[str, Any]] = [
+    {"name": ModelName.transformer, "width": 8, "heads": 2, "feed_forward": 20},
+    {"name": ModelName.rnn, "width": 8, "cell": CellName.tanh},
+    {"name": ModelName.rnn, "width": 8, "cell": CellName.lstm},
+]
+SIZES = {"input_size": 5, "output_size": 3}
+BATCH, LENGTH = 2, 7
+
+
+def build(config: ModelConfig) -> Learner:
+    torch.manual_seed(0)
+    return build_learner(config, is_text=config.name == ModelName.transformer, **SIZES)
+
+
+def config_of(model: dict[str, Any], tree: dict[str, Any], storage: Storage, kind: HaltingKind) -> ModelConfig:
+    return ModelConfig(**model, tree=TreeConfig(**tree, storage=storage), halting=HaltingConfig(kind=kind, max_steps=3))
+
+
+@pytest.mark.parametrize("kind", list(HaltingKind))
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("model", MODELS)
+def test_parameters_are_those_of_the_built_model(model: dict[str, Any], tree: dict[str, Any], kind: HaltingKind) -> None:
+    config = config_of(model, tree, Storage.dense, kind)
+    cost = model_cost(config, **SIZES, length=LENGTH)
+    assert cost.dense_parameters == sum(parameter.numel() for parameter in build(config).parameters())
+    assert cost.node_parameters == 0
+    lazy_config = config_of(model, tree, Storage.lazy, kind)
+    lazy_cost, lazy = model_cost(lazy_config, **SIZES, length=LENGTH), build(lazy_config)
+    assert lazy_cost.dense_parameters == sum(parameter.numel() for parameter in lazy.parameters())
+    assert lazy_cost.dense_parameters + lazy_cost.node_parameters == cost.dense_parameters
+    assert (lazy_cost.macs_per_step, lazy_cost.macs_per_position) == (cost.macs_per_step, cost.macs_per_position)
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_a_table_in_which_every_node_exists_holds_the_numbers_of_the_closed_form(tree: dict[str, Any]) -> None:
+    config = TreeConfig(**tree)
+    layer = TreeLinear(5, 4, config.depth, config.full_depth, config.rank, storage="lazy")
+    assert layer.table is not None
+    layer.table.ensure([torch.arange(2**level - 1, 2 ** (level + 1) - 1) for level in range(config.depth + 1)])
+    assert tree_cost(5, 4, config).node_parameters == sum(store.data.numel() for _, store in layer.table.stores())
+
+
+class Macs(TorchDispatchMode):
+    """Counts the multiply-accumulate operations of matrix products as they are carried out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.attention = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().split("::")[1].split(".")[0].rstrip("_")
+        if name in {"mm", "addmm", "bmm", "baddbmm"}:
+            left, right = args[-2:]
+            self.count += left.numel() * right.shape[-1]
+        elif "dot_product" in name:
+            self.attention += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("storage", ["dense", "lazy"])
+@pytest.mark.parametrize(
+    ("tree", "by_hand"),
+    [
+        ({"depth": 0}, 4 * 5),
+        ({"depth": 3}, 3 * 5 + 4 * (4 * 5)),
+        ({"depth": 3, "full_depth": 1, "rank": 2}, 3 * 5 + 2 * (4 * 5) + 2 * 2 * (4 + 5)),
+        ({"depth": 2, "full_depth": 0, "rank": 1, "gate": GateName.hash}, 2 * 5 + 4 * 5 + 2 * (4 + 5)),
+    ],
+)
+def test_macs_of_a_tree_are_its_gates_and_the_products_on_one_path(tree: dict[str, Any], by_hand: int, storage: str) -> None:
+    config = TreeConfig(**tree)
+    assert tree_cost(5, 4, config).macs == by_hand
+    layer = TreeLinear(5, 4, config.depth, config.full_depth, config.rank, config.gate.value, storage=storage, bias=False)
+    if layer.table is not None:
+        layer.table.ensure([torch.arange(2**level - 1, 2 ** (level + 1) - 1) for level in range(config.depth + 1)])
+    with Macs() as macs, torch.no_grad():
+        layer(torch.randn(10, 5))
+    assert macs.count == 10 * by_hand
+
+
+@pytest.mark.parametrize("kind", list(HaltingKind))
+@pytest.mark.parametrize("depth", [0, 3])
+@pytest.mark.parametrize("model", MODELS)
+def test_macs_of_a_model_are_those_it_carries_out(model: dict[str, Any], depth: int, kind: HaltingKind) -> None:
+    config = config_of(model, {"depth": depth}, Storage.dense, kind)
+    cost, learner = model_cost(config, **SIZES, length=LENGTH), build(config).eval()
+    inputs = torch.randn(BATCH, LENGTH, SIZES["input_size"])
+    if config.name == ModelName.transformer:
+        inputs = torch.randint(256, (BATCH, LENGTH), dtype=torch.uint8)
+    with Macs() as macs, torch.no_grad():
+        _, stats = learner.body(inputs, torch.full((BATCH,), LENGTH))
+    steps, positions = int(stats.steps.sum()), BATCH * LENGTH
+    counted = macs.count
+    if config.name == ModelName.transformer:
+        # Position t attends to t positions: t x width for the scores and as much for the mixture, by hand over t = 1..T.
+        assert macs.attention > 0 and len(stats.steps.unique()) == 1
+        counted += steps * sum(2 * t * config.width for t in range(1, LENGTH + 1)) // LENGTH
+    assert counted == positions * cost.macs(steps / positions)
+    assert steps == positions * {HaltingKind.none: 1, HaltingKind.fixed: 3, HaltingKind.act: 2}[kind]

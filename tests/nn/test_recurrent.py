@@ -1,0 +1,109 @@
+"""The recurrent network: its cells by their formulas, ragged lengths, ponder costs summed over time."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distcond.nn import AdaptiveComputation, FixedComputation
+from distcond.nn.linear import TreeOptions
+from distcond.nn.recurrent import LSTMCell, Recurrent, TanhCell
+
+EXACT = {"rtol": 0, "atol": 1e-12}  # float64; 5 time steps of at most 6 ponder steps on states of size 1
+INPUTS, WIDTH, OUTPUTS, LENGTH = 3, 6, 2, 5
+TREES = [TreeOptions(), TreeOptions(depth=2), TreeOptions(depth=3, full_depth=1, rank=2, storage="lazy")]
+
+
+def build(cell_name: str, kind: str, tree: TreeOptions = TreeOptions(), max_steps: int = 6) -> Recurrent:  # noqa: B008 (frozen)
+    torch.manual_seed(0)
+    cell = (LSTMCell if cell_name == "lstm" else TanhCell)(INPUTS + 1, WIDTH, tree)
+    ponder: nn.Module = FixedComputation(cell, max_steps)
+    if kind == "act":
+        ponder = AdaptiveComputation(cell, WIDTH, max_steps, halting_bias=-1.0)
+        nn.init.normal_(ponder.halting.weight, std=3.0)
+    return Recurrent(ponder, WIDTH, 2 if cell_name == "lstm" else 1, OUTPUTS).double()
+
+
+def make_inputs(batch: int = 6, seed: int = 1) -> Tensor:
+    return torch.randn(batch, LENGTH, INPUTS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_the_tanh_cell_is_its_formula() -> None:
+    cell = build("tanh", "fixed").ponder.cell
+    x, state = torch.randn(4, INPUTS + 1).double(), torch.randn(4, WIDTH).double()
+    weight, bias = cell.linear.weight, cell.linear.bias
+    expected = torch.tanh(x @ weight[:, : INPUTS + 1].T + state @ weight[:, INPUTS + 1 :].T + bias)
+    torch.testing.assert_close(cell(x, state, torch.arange(4)), expected, **EXACT)
+
+
+def test_the_lstm_cell_is_torchs() -> None:
+    """torch orders its gates input, forget, cell, output; ours are input, forget, output, cell."""
+    cell = build("lstm", "fixed").ponder.cell
+    other = nn.LSTMCell(INPUTS + 1, WIDTH).double()
+    i, f, o, c = cell.linear.weight.chunk(4)
+    ordered, (bi, bf, bo, bc) = torch.cat([i, f, c, o]), cell.linear.bias.chunk(4)
+    with torch.no_grad():
+        other.weight_ih.copy_(ordered[:, : INPUTS + 1])
+        other.weight_hh.copy_(ordered[:, INPUTS + 1 :])
+        other.bias_ih.copy_(torch.cat([bi, bf, bc, bo]))
+        other.bias_hh.zero_()
+    x, state = torch.randn(4, INPUTS + 1).double(), (torch.randn(4, WIDTH).double(), torch.randn(4, WIDTH).double())
+    torch.testing.assert_close(cell(x, state, torch.arange(4)), other(x, state), **EXACT)
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("kind", ["act", "fixed"])
+@pytest.mark.parametrize("cell", ["tanh", "lstm"])
+def test_a_sequence_among_others_is_what_it_is_alone_and_its_cost_is_summed_over_its_time(
+    cell: str, kind: str, tree: TreeOptions
+) -> None:
+    model, inputs = build(cell, kind, tree), make_inputs()
+    lengths = torch.tensor([5, 1, 3, 0, 4, 5])
+    logits, stats = model(inputs, lengths)
+    assert logits.shape == (6, LENGTH, OUTPUTS)
+    for row, length in enumerate(lengths.tolist()):
+        steps, remainder, cost = 0, 0.0, 0.0
+        state: Any = tuple(torch.zeros(1, WIDTH, dtype=torch.float64) for _ in range(model.num_states))
+        for time in range(length):
+            mean, spent = model.ponder(inputs[row : row + 1, time], state if model.num_states > 1 else state[0])
+            state = mean if isinstance(mean, tuple) else (mean,)
+            torch.testing.assert_close(logits[row, time], model.head(state[0])[0], **EXACT)
+            steps += int(spent.steps)
+            remainder += spent.remainder.item()
+            cost += spent.ponder_cost.item()
+        assert int(stats.steps[row]) == steps
+        assert stats.remainder[row].item() == pytest.approx(remainder, abs=1e-12)
+        assert stats.ponder_cost[row].item() == pytest.approx(cost, abs=1e-12)
+        assert cost == pytest.approx(steps + remainder) and (length == 0 or cost >= length)
+
+
+@pytest.mark.parametrize("cell", ["tanh", "lstm"])
+def test_gradient_flows_through_time_and_through_the_cost_of_every_time_step(cell: str) -> None:
+    model = build(cell, "act")
+    inputs = make_inputs().requires_grad_()
+    logits, stats = model(inputs, torch.tensor([5, 1, 3, 0, 4, 5]))
+    (through_state,) = torch.autograd.grad(logits[0, -1].sum(), inputs, retain_graph=True)
+    assert (through_state[0].abs().sum(1) > 0).all() and not through_state[1:].any()
+    (through_cost,) = torch.autograd.grad(stats.ponder_cost.sum(), inputs)
+    assert through_cost[0].any() and not through_cost[3].any() and not through_cost[1, 1:].any()
+
+
+@pytest.mark.parametrize("kind", ["act", "fixed"])
+def test_every_time_step_is_taken_however_short_the_sequences(kind: str) -> None:
+    """Ranks with shorter sequences must call the collectives in the cell as often as the others."""
+    model = build("tanh", kind, max_steps=2)
+    rows: list[int] = []
+    model.ponder.cell.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+    model(make_inputs(), torch.tensor([1, 2, 0, 1, 1, 0]))
+    assert len(rows) >= LENGTH and rows[-(LENGTH - 2) :] == [0] * (LENGTH - 2) and rows[0] == 4
+
+
+@pytest.mark.parametrize("kind", ["act", "fixed"])
+@pytest.mark.parametrize("cell", ["tanh", "lstm"])
+def test_it_runs_and_learns_in_bfloat16(cell: str, kind: str) -> None:
+    model = build(cell, kind, TREES[2]).bfloat16()
+    logits, stats = model(make_inputs().bfloat16(), torch.tensor([5, 1, 3, 0, 4, 5]))
+    assert logits.dtype == torch.bfloat16 and stats.ponder_cost.dtype == torch.float32
+    (logits.float().square().mean() + stats.ponder_cost.mean()).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

@@ -1,0 +1,152 @@
+"""Gradients of TreeLinear: finite differences for what is differentiable, the surrogate's formula for the gates."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from distcond.nn import TreeLinear
+from distcond.optim import RowAdam
+from tests.trees import nodes_of, path, random_tree, tokens
+
+SHAPES: list[dict[str, Any]] = [{}, {"bias": False}, {"full_depth": 0, "rank": 2}, {"full_depth": 1, "rank": 1, "bias": False}]
+EXACT = {"rtol": 0, "atol": 1e-12}  # float64; sums of at most 20 tokens x 4 levels x 20 products of size 1
+
+
+def assert_margin(layer: TreeLinear, x: Tensor, margin: float) -> None:
+    """No bit is so close to its threshold that a small step would flip it."""
+    assert layer.gate is None or layer.gate(x).abs().min() > margin
+
+
+@pytest.mark.parametrize("options", SHAPES)
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_gradients_of_input_and_nodes_are_finite_differences(depth: int, options: dict[str, Any]) -> None:
+    if "full_depth" in options:
+        options = options | {"full_depth": min(options["full_depth"], depth)}
+    layer = random_tree(depth, sizes=(3, 2), gate_gradient="none", **options).eval()
+    x = tokens(6, 3).requires_grad_()
+    assert_margin(layer, x, 1e-3)  # gradcheck moves by 1e-6
+    nodes = {name: value for name, value in layer.named_parameters() if not name.startswith("gate.") and value.numel()}
+
+    def function(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(nodes, values, strict=True)), (x,))
+
+    # Products of at most three factors: central differences are exact to 1e-6**2 and rounding, 1e-16 / 1e-6.
+    assert torch.autograd.gradcheck(function, (x, *nodes.values()), atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("storage", ["dense", "lazy"])
+def test_without_a_gate_gradient_the_gates_do_not_learn(storage: str) -> None:
+    layer = random_tree(3, storage=storage, gate_gradient="none")
+    layer(tokens(6).requires_grad_()).square().sum().backward()
+    assert layer.gate is not None and layer.gate.weight.grad is None
+
+
+def surrogate(layer: TreeLinear, x: Tensor, gate_weight: Tensor) -> Tensor:
+    """sum_l (1 + t_l - stopgrad(t_l)) (U_l x + c_l), t_l = tanh|g_l|, token by token; the root carries no factor."""
+    matrices, biases = nodes_of(layer)
+    assert layer.gate is not None
+    gates = x @ gate_weight.T - layer.gate.running_mean
+    outputs = []
+    for token, gate, leaf in zip(x, gates, layer.leaf(x.detach())[:, 0].tolist(), strict=True):
+        root, *nodes = path(leaf, layer.depth)
+        y = matrices[root] @ token + biases[root]
+        for t, node in zip(gate.abs().tanh(), nodes, strict=True):
+            y = y + (1 + t - t.detach()) * (matrices[node] @ token + biases[node])
+        outputs.append(y)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("options", SHAPES)
+@pytest.mark.parametrize("storage", ["dense", "lazy"])
+@pytest.mark.parametrize("gate", ["linear", "hash"])
+def test_straight_through_gradient_is_that_of_its_formula(gate: str, storage: str, options: dict[str, Any]) -> None:
+    layer = random_tree(4, storage=storage, gate=gate, **options)
+    assert layer.gate is not None
+    x = tokens(12).requires_grad_()
+    planes = layer.gate.weight.detach().clone().requires_grad_()
+    expected = surrogate(layer, x, planes)
+    grad_y = tokens(12, 4, seed=7)
+    wanted_x, wanted_planes = torch.autograd.grad(expected, (x, planes), grad_y)
+    y = layer(x)
+    torch.testing.assert_close(y, expected, **EXACT)
+    y.backward(grad_y)
+    torch.testing.assert_close(x.grad, wanted_x, **EXACT)
+    if gate == "linear":
+        torch.testing.assert_close(layer.gate.weight.grad, wanted_planes, **EXACT)
+    assert wanted_planes.abs().max() > 0.1  # there was something to learn
+
+
+@pytest.mark.parametrize("options", SHAPES)
+@pytest.mark.parametrize("storage", ["dense", "lazy"])
+def test_nodes_learn_the_same_whether_or_not_the_gates_do(storage: str, options: dict[str, Any]) -> None:
+    """The factor of the surrogate is 1: it changes no gradient but that of the gates."""
+    grads = []
+    for gate_gradient in ("straight_through", "none"):
+        layer = random_tree(3, storage=storage, gate_gradient=gate_gradient, **options)
+        layer(tokens(12)).square().sum().backward()
+        if layer.table is not None:
+            grads.append([grad for _, store in layer.table.stores() for grad in store.take_gradient()])
+        else:
+            grads.append([value.grad for name, value in layer.named_parameters() if not name.startswith("gate.")])
+    assert grads[0]
+    for one, other in zip(*grads, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("options", SHAPES)
+def test_a_lazy_layer_has_the_gradient_of_a_dense_one(options: dict[str, Any]) -> None:
+    """Seen through one plain gradient step, whose update of W(b) is the gradient, on nodes of both kinds."""
+    dense, lazy = (random_tree(3, storage=storage, **options) for storage in ("dense", "lazy"))
+    assert dense.gate is not None and lazy.gate is not None and lazy.table is not None
+    with torch.no_grad():
+        matrices = lazy.table.tensors()
+        for parameter, stored in zip((dense.weight, dense.right, dense.left), (matrices[0], *matrices[2:]), strict=True):
+            parameter.copy_(stored)  # rows of a table that was filled at once are in the order of the ids
+        if dense.has_bias:
+            dense.bias.copy_(matrices.bias_SP)
+        dense.gate.running_mean.copy_(lazy.gate.running_mean)
+    x = tokens(12)
+    for layer in (dense, lazy):
+        layer(x).square().sum().backward()
+    torch.testing.assert_close(dense.gate.weight.grad, lazy.gate.weight.grad, **EXACT)
+    for name, store in lazy.table.stores():
+        rows, grad = store.take_gradient()
+        names = ("weight", "bias") if name == "full" else ("right", "left")
+        rest = torch.zeros(store.size, store.width, dtype=torch.float64)
+        rest[rows] = grad
+        parts = [getattr(dense, part).grad.flatten(1) for part in names if len(getattr(dense, part))]
+        torch.testing.assert_close(rest, torch.cat(parts, dim=1), **EXACT)
+
+
+def test_gradients_of_several_calls_add_up_before_a_step() -> None:
+    """A layer called at every ponder step and micro-batch learns from all of them."""
+    changes = []
+    for calls in (1, 3):
+        layer = random_tree(3, storage="lazy", full_depth=1, rank=2)
+        optimizer = RowAdam(layer, lr=0.1)
+        assert layer.gate is not None
+        for part in tokens(12).chunk(calls):
+            layer(part).square().sum().backward()
+        optimizer.step()
+        changes.append((nodes_of(layer), layer.gate.running_mean))
+    torch.testing.assert_close(changes[0], changes[1], rtol=0, atol=1e-9)  # Adam divides by roots: 1e-13 grows
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("storage", ["dense", "lazy"])
+def test_activation_checkpointing_changes_nothing(storage: str, use_reentrant: bool) -> None:
+    """A layer that is called twice, as over ponder steps, and called again by the backward pass."""
+    results = []
+    for saves in (False, True):
+        layer = random_tree(3, sizes=(4, 4), storage=storage)
+        assert layer.gate is not None
+        x = y = tokens(12, 4).requires_grad_()
+        for _ in range(2):
+            y = checkpoint(layer, y, use_reentrant=use_reentrant) if saves else layer(y)
+        y.square().sum().backward()
+        nodes = layer.weight.grad if layer.table is None else layer.table.full.take_gradient()
+        results.append((x.grad, layer.gate.weight.grad, layer.gate.take_statistics(), nodes))
+    torch.testing.assert_close(results[0], results[1], **EXACT)

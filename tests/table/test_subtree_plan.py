@@ -1,0 +1,71 @@
+"""SubtreePlan: every node has one home or is everywhere, and a token's owner holds all of its path."""
+
+import pytest
+import torch
+
+from distcond.table import SubtreePlan
+from distcond.table.plan import SUBTREES_PER_RANK, node_level
+
+PLANS = [
+    (depth, ranks, shard_level) for depth in (0, 1, 2, 5) for ranks in (1, 2, 3, 4, 5) for shard_level in (None, 0, 1, 3, 20)
+]
+
+
+def path(leaf: int, depth: int) -> list[int]:
+    return [2**level - 1 + (leaf >> (depth - level)) for level in range(depth + 1)]
+
+
+@pytest.mark.parametrize("level", range(63))
+def test_level_is_exact_at_both_ends_and_beside_them(level: int) -> None:
+    first, last = 2**level - 1, 2 ** (level + 1) - 2
+    nodes = sorted({first, min(first + 1, last), (first + last) // 2, max(last - 1, first), last})
+    assert node_level(torch.tensor(nodes)).tolist() == [level] * len(nodes)
+
+
+@pytest.mark.parametrize(("depth", "ranks", "shard_level"), PLANS)
+def test_nodes_above_the_shard_level_are_everywhere_and_each_subtree_below_has_one_home(
+    depth: int, ranks: int, shard_level: int | None
+) -> None:
+    plan = SubtreePlan.make(depth, ranks, shard_level)
+    nodes = torch.arange(2 ** (depth + 1) - 1)
+    owner = plan.node_owner(nodes)
+    if not plan.is_sharded:
+        assert owner.tolist() == [-1] * len(nodes)
+        return
+    level = node_level(nodes)
+    assert (owner[level < plan.shard_level] == -1).all()
+    below = level >= plan.shard_level
+    assert ((owner[below] >= 0) & (owner[below] < ranks)).all()
+    inside = level > plan.shard_level
+    assert torch.equal(owner[inside], owner[(nodes[inside] - 1) // 2])  # a child lives with its parent
+
+
+SHARDED = [plan for plan in [*PLANS, (40, 3, None), (62, 4, None)] if SubtreePlan.make(*plan).is_sharded]
+
+
+@pytest.mark.parametrize(("depth", "ranks", "shard_level"), SHARDED)
+def test_the_owner_of_a_leaf_holds_every_node_on_its_path(depth: int, ranks: int, shard_level: int | None) -> None:
+    plan = SubtreePlan.make(depth, ranks, shard_level)
+    leaves = torch.randint(2**depth, (64,), generator=torch.Generator().manual_seed(0))
+    leaves[0], leaves[1] = 0, 2**depth - 1
+    for leaf, owner in zip(leaves.tolist(), plan.owner(leaves).tolist(), strict=True):
+        homes = plan.node_owner(torch.tensor(path(leaf, depth))).tolist()
+        assert homes == [-1] * plan.shard_level + [owner] * (depth + 1 - plan.shard_level)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7, 8])
+def test_by_default_every_rank_gets_several_subtrees_and_nearly_as_many_as_the_next(ranks: int) -> None:
+    plan = SubtreePlan.make(12, ranks)
+    counts = torch.bincount(torch.tensor(plan.owner_S), minlength=ranks)
+    assert len(plan.owner_S) == 2**plan.shard_level
+    assert counts.min() >= SUBTREES_PER_RANK and counts.max() - counts.min() <= 1
+    assert 2 ** (plan.shard_level - 1) < SUBTREES_PER_RANK * ranks  # the least such level
+
+
+@pytest.mark.parametrize(("depth", "ranks", "sharded"), [(3, 1, False), (0, 2, False), (1, 2, True), (1, 3, False), (2, 3, True)])
+def test_tokens_travel_only_where_there_is_a_subtree_for_every_rank(depth: int, ranks: int, sharded: bool) -> None:
+    assert SubtreePlan.make(depth, ranks).is_sharded == sharded
+
+
+def test_the_shard_level_never_passes_the_depth() -> None:
+    assert SubtreePlan.make(2, 2, 20).shard_level == 2

@@ -1,0 +1,96 @@
+"""conf/: every file composes, says something, and says it once."""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+
+from distcond.compose import compose, compose_node, override, to_dict
+from distcond.config import Config
+
+CONF = Path(__file__).parents[1] / "conf"
+FILES = sorted(file.relative_to(CONF).as_posix().removesuffix(".yaml") for file in CONF.glob("*/*.yaml"))
+NEEDED = {  # what an option asks of the user, or of the model beside it
+    "data/text": ["data.files=[corpus.txt]"],
+    "data/hf": ["data.path=wikitext"],
+    "data/parity": ["model=rnn"],
+    "data/logic": ["model=rnn"],
+}
+
+
+def values_of(name: str) -> dict[str, Any]:
+    return yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8")) or {}
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def without(name: str) -> dict[str, Any]:
+    """Dotted key -> value of the configuration as it would be if the file set nothing."""
+    if not name.startswith("experiment/"):
+        return dict(leaves(to_dict(Config())))
+    chosen = [entry for entry in values_of(name).get("defaults", []) if isinstance(entry, dict)]
+    choices = [f"{key.removeprefix('override /')}={option}" for entry in chosen for key, option in entry.items()]
+    return dict(leaves(to_dict(compose(choices))))
+
+
+def test_there_are_files() -> None:
+    assert {"model/transformer", "data/stdlib", "cluster/local", "sweep/depth_x_penalty", "experiment/dense"} <= set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_composes(name: str) -> None:
+    compose([name.replace("/", "="), *NEEDED.get(name, [])])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_value_repeats_what_holds_without_it(name: str) -> None:
+    values = {key: value for key, value in values_of(name).items() if key != "defaults"}
+    prefix = "" if name.startswith("experiment/") else f"{name.partition('/')[0]}."
+    before = without(name)
+    repeated = [key for key, value in leaves(values, prefix) if before.get(key, "not there") == value]
+    assert not repeated
+
+
+def test_config_yaml_chooses_options_and_sets_no_key() -> None:
+    values = values_of("config")
+    assert set(values) == {"defaults", "hydra"}
+    assert "_self_" in values["defaults"] and values["defaults"][0] == "schema"
+
+
+@pytest.mark.parametrize("name", ["config", *FILES])
+def test_files_hold_no_code(name: str) -> None:
+    assert "_target_" not in (CONF / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_readme_names_every_option(name: str) -> None:
+    group, option = name.split("/")
+    rows = [line for line in (CONF / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{group}`")]
+    assert len(rows) == 1 and f"`{option}`" in rows[0]
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("sweep/")])
+def test_every_trial_of_a_grid_is_a_valid_run(name: str) -> None:
+    config = compose([name.replace("/", "=")])
+    grid = {key: values for key, values in config.sweep.space.items() if isinstance(values, list)}
+    for point in itertools.product(*grid.values()):
+        override(config, dict(zip(grid, point, strict=True)))
+
+
+@pytest.mark.parametrize("depth", [0, 1, 12])
+def test_the_default_model_takes_any_depth(depth: int) -> None:
+    assert compose([f"model.tree.depth={depth}"]).model.tree.depth == depth
+
+
+def test_the_control_has_neither_tree_nor_halting() -> None:
+    model = compose_node(["experiment=dense"]).model
+    assert (model.tree.depth, model.halting.kind) == (0, "none")

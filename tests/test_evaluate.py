@@ -1,0 +1,50 @@
+"""`distcond evaluate RUN`: a checkpoint measured in one process gives what its run measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distcond.config import Config
+from distcond.errors import RunError
+from distcond.evaluate import evaluate
+from distcond.train.plan import cost_of
+
+
+def path_of(config: Config) -> Path:
+    return Path(config.run.dir) / config.run.name
+
+
+def test_evaluation_equals_the_last_validation_of_the_run(text_run: Config) -> None:
+    rows = [json.loads(line) for line in (path_of(text_run) / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if "val/bpb" in row][-1]
+    result = evaluate(path_of(text_run))
+    assert result["step"] == last["step"] == 12
+    for name in ("val/bpb", "val/element_error", "val/ponder/steps", "val/ponder/cost", "val/ponder/remainder"):
+        assert result[name] == pytest.approx(last[name], rel=1e-6), name  # fp32, summed over other batches
+    assert result["macs_per_position"] == cost_of(text_run).macs(result["val/ponder/steps"])
+    assert result["latency_ms"] > 0
+    assert json.loads((path_of(text_run) / "eval/step_00000012.json").read_text()) == result
+
+
+def test_earlier_checkpoint_can_be_chosen(text_run: Config) -> None:
+    result = evaluate(path_of(text_run), step=6)
+    assert result["step"] == 6
+    assert result["val/bpb"] > evaluate(path_of(text_run))["val/bpb"]
+    assert (path_of(text_run) / "eval/step_00000006.json").exists()
+
+
+def test_missing_step_is_refused_with_those_there_are(text_run: Config) -> None:
+    with pytest.raises(RunError, match=r"has no checkpoint of step 7; it has: 6, 12\.$"):
+        evaluate(path_of(text_run), step=7)
+
+
+def test_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"is not a run folder \(no config\.yaml\)"):
+        evaluate(tmp_path)
+
+
+def test_run_without_a_checkpoint_is_refused(text_run: Config, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text((path_of(text_run) / "config.yaml").read_text())
+    with pytest.raises(RunError, match="has no checkpoint yet"):
+        evaluate(tmp_path)

@@ -1,0 +1,47 @@
+"""The README is true: its code runs, its commands compose, its files exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from distcond.compose import compose
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    shlex.split(line.split("#")[0])[1:]
+    for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+    if line.startswith("distcond ")
+]
+
+
+def test_the_code_for_one_process_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) == 2
+    exec(compile(blocks[0], "README.md", "exec"), {})  # the second one needs ranks: tests/train/test_initialize.py
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] != "evaluate"], ids=" ".join)
+def test_commands_compose(command: list[str]) -> None:
+    compose([word for word in command if word not in {"train", "sweep", "submit", "--dry-run"}])
+
+
+def test_named_files_exist() -> None:
+    tree = README.split("## The code")[1]
+    package = re.search(r"```\n(.*?)```", tree, re.S)
+    assert package is not None
+    folder = Path("distcond")
+    for line in package[1].splitlines():
+        head = re.match(r"\s+(\w+)/\s", line)
+        folder = Path("distcond") / head[1] if head else Path("distcond")
+        for name in re.findall(r"\b\w+\.py\b", line):
+            assert (ROOT / folder / name).exists(), f"{folder / name} in the code map"
+
+
+def test_the_code_map_names_every_sub_package() -> None:
+    for folder in (ROOT / "distcond").iterdir():
+        if (folder / "__init__.py").exists():
+            assert f"{folder.name}/" in README

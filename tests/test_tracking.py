@@ -1,0 +1,264 @@
+"""metrics.jsonl and its mirror; the wandb here is the real one, offline or before a server that never answers."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import ANY
+
+import psutil
+import pytest
+
+from distcond.tracking import CLOSE_TIMEOUT_S, ORPHAN_TIMEOUT_S, Tracker
+
+ROWS = [{"step": float(step), "train/loss": 1 / step, "perf/nan": math.nan} for step in range(1, 31)]
+SLACK_S = 3.0
+"What a busy machine may add to a bounded wait."
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+
+
+@pytest.fixture
+def silent_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A wandb server that accepts connections and says nothing, and a key for it."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        yield
+
+
+def track(folder: Path, mode: str = "disabled", resume_step: int = 0) -> Tracker:
+    return Tracker(folder, {"model": {"depth": 3}}, mode, "project", "group", "name", "some-id", resume_step)
+
+
+def rows_in(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for(condition: Callable[[], Any], timeout_s: float = 20) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (result := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return result
+
+
+def offline_runs(folder: Path) -> list[Path]:
+    return sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+
+
+def finished_run(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The records by type of the only offline run, once wandb's own reader finds its end."""
+    (run,) = wait_for(lambda: offline_runs(folder))
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
+
+    def read() -> dict[str, list[dict[str, Any]]]:
+        records: dict[str, list[dict[str, Any]]] = {}
+        for line in subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines():
+            record = json.loads(line)
+            records.setdefault(record["type"], []).append(record[record["type"]])
+        return records if "exit" in records else {}
+
+    return wait_for(read)
+
+
+def mirrored_rows(records: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    items = [history["item"] for history in records["history"]]
+    return [{key: value for key, value in item.items() if not key.startswith("_")} for item in items]
+
+
+def wait_for_exit(processes: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Those that are still there."""
+    return psutil.wait_procs(processes, timeout_s)[1]
+
+
+def test_each_row_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+    tracker = track(tmp_path)
+    for number, row in enumerate(ROWS, 1):
+        tracker.log(row)
+        assert len(rows_in(tmp_path)) == number
+    tracker.close()
+    assert rows_in(tmp_path) == [{**row, "perf/nan": None} for row in ROWS]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_is_null(tmp_path: Path, value: float) -> None:
+    tracker = track(tmp_path)
+    tracker.log({"step": 1, "loss": value})
+    tracker.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n'
+
+
+@pytest.mark.parametrize("resume_step", [0, 1, 17, 30, 99])
+@pytest.mark.parametrize("torn", ["", '{"step": 3', '{"step": 3, "train/lo'])
+def test_rows_after_the_checkpoint_are_cut_and_a_torn_one_is_forgiven(tmp_path: Path, resume_step: int, torn: str) -> None:
+    kept = "".join(json.dumps({"step": step, "old": 1}) + "\n" for step in range(1, 31))
+    (tmp_path / "metrics.jsonl").write_text(kept + torn)
+    tracker = track(tmp_path, resume_step=resume_step)
+    tracker.log({"step": 1000})
+    tracker.close()
+    assert [row["step"] for row in rows_in(tmp_path)] == [*range(1, min(resume_step, 30) + 1), 1000]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_last_row_without_its_newline_is_kept_apart_from_the_next(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}')
+    tracker = track(tmp_path, resume_step=1)
+    tracker.log({"step": 2})
+    tracker.close()
+    assert rows_in(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize(("mode", "variable"), [("disabled", ""), ("auto", "disabled")])
+def test_disabled_starts_nothing(tmp_path: Path, mode: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if variable:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    before = psutil.Process().children(recursive=True)
+    tracker = track(tmp_path, mode)
+    assert psutil.Process().children(recursive=True) == before
+    tracker.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_an_offline_run_has_every_row(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tracker = track(tmp_path, "auto")
+    for row in ROWS[:20]:
+        tracker.log(row)
+    wait_for(lambda: offline_runs(tmp_path))
+    for row in ROWS[20:]:
+        tracker.log(row)
+    tracker.close()
+    assert capfd.readouterr() == ("", "")
+    assert "wandb" not in sys.modules
+
+    records = finished_run(tmp_path)
+    assert mirrored_rows(records) == [{**row, "perf/nan": "NaN"} for row in ROWS]
+    assert records["exit"][0]["exit_code"] == 0
+    assert records["metric"] == [{"glob_name": "*", "options": ANY, "step_metric": "step"}]
+    (run,) = records["run"]
+    assert (run["run_id"], run["project"], run["run_group"]) == ("some-id", "project", "group")
+    assert run["display_name"] == "name" and run["config"]["update"]["model"] == {"depth": 3}
+
+
+def test_a_resumed_run_mirrors_its_own_rows_and_a_killed_one_what_it_had(tmp_path: Path) -> None:
+    script = f"""
+import os
+from pathlib import Path
+from distcond.tracking import Tracker
+tracker = Tracker(Path({str(tmp_path)!r}), {{}}, "offline", "project", "", "name", "some-id", 20)
+tracker.log({{"step": 21, "loss": 0.5}})
+tracker.log({{"step": 22, "loss": 0.25}})
+os.kill(os.getpid(), {signal.SIGKILL})
+"""
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 31)))
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
+    assert [row["step"] for row in rows_in(tmp_path)] == list(range(1, 23))
+    records = finished_run(tmp_path)
+    assert mirrored_rows(records) == [{"step": 21, "loss": 0.5}, {"step": 22, "loss": 0.25}]
+    assert records["exit"][0]["exit_code"] == 1
+
+
+@pytest.mark.parametrize(("mode", "key"), [("online", ""), ("auto", "too-short")])
+def test_no_way_online_is_one_warning_and_an_offline_run(
+    tmp_path: Path, mode: str, key: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if key:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    tracker = track(tmp_path, mode)
+    tracker.log({"step": 1, "loss": 0.5})
+    wait_for(lambda: offline_runs(tmp_path))
+    tracker.close()
+    assert mirrored_rows(finished_run(tmp_path)) == [{"step": 1, "loss": 0.5}]
+    (message,) = caplog.messages
+    assert message.startswith("wandb is offline (") and f"wandb sync {tmp_path}/wandb/offline-run-*" in message
+
+
+@pytest.mark.usefixtures("silent_server")
+def test_a_server_that_hangs_holds_up_neither_the_run_nor_its_exit(tmp_path: Path) -> None:
+    """wandb in the same process would hold up the exit for 9 s and more."""
+    script = f"""
+import json, sys, time
+from pathlib import Path
+import psutil
+from distcond.tracking import Tracker
+times = [time.monotonic()]
+tracker = Tracker(Path({str(tmp_path)!r}), {{}}, "auto", "project", "", "name", "some-id", 0)
+for step in range(1000):
+    tracker.log({{"step": step, "loss": 0.5}})
+times.append(time.monotonic())
+while len(children := psutil.Process().children(recursive=True)) < 2:  # the mirror and wandb's service
+    time.sleep(0.1)
+times.append(time.monotonic())
+tracker.close()
+times.append(time.monotonic())
+print(json.dumps([[child.pid for child in children], times]), flush=True)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        pids, (start, logged, closing, closed) = json.loads(run.stdout.readline())
+        printed = time.monotonic()
+        assert run.wait(60) == 0
+        exit_s = time.monotonic() - printed
+    assert logged - start < SLACK_S
+    assert CLOSE_TIMEOUT_S <= closed - closing < CLOSE_TIMEOUT_S + SLACK_S
+    assert exit_s < SLACK_S
+    left = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    assert not wait_for_exit(left, ORPHAN_TIMEOUT_S + 2 * SLACK_S)  # wandb's service misses its parent after some 2 s
+    assert len(rows_in(tmp_path)) == 1000
+
+
+def test_a_mirror_that_is_stopped_holds_up_nothing(tmp_path: Path) -> None:
+    before = psutil.Process().children()
+    start = time.monotonic()
+    tracker = track(tmp_path, "offline")
+    (mirror,) = set(psutil.Process().children()) - set(before)
+    mirror.suspend()
+    try:
+        for step in range(10_000):
+            tracker.log({"step": step, "loss": 0.5})
+        assert time.monotonic() - start < SLACK_S
+        start = time.monotonic()
+        tracker.close()
+        assert time.monotonic() - start < CLOSE_TIMEOUT_S + SLACK_S
+    finally:
+        mirror.kill()
+    assert not wait_for_exit([mirror], 5)
+    assert len(rows_in(tmp_path)) == 10_000
+
+
+def test_a_mirror_that_dies_holds_up_nothing(tmp_path: Path) -> None:
+    before = psutil.Process().children()
+    tracker = track(tmp_path, "offline")
+    (mirror,) = set(psutil.Process().children()) - set(before)
+    mirror.kill()
+    assert wait_for(lambda: not psutil.pid_exists(mirror.pid))
+    tracker.log({"step": 1})
+    start = time.monotonic()
+    tracker.close()
+    assert time.monotonic() - start < SLACK_S
+    assert rows_in(tmp_path) == [{"step": 1}]
+
+
+@pytest.mark.slow  # wandb itself takes 20 s to give up
+@pytest.mark.usefixtures("silent_server")
+def test_a_server_that_hangs_leaves_a_complete_offline_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = track(tmp_path, "auto")
+    for step in range(1, 201):
+        tracker.log({"step": step})
+        time.sleep(0.1)
+    wait_for(lambda: offline_runs(tmp_path), 60)
+    tracker.close()
+    assert mirrored_rows(finished_run(tmp_path)) == rows_in(tmp_path)
+    (message,) = caplog.messages
+    assert message.startswith("wandb is offline (")

@@ -1,0 +1,81 @@
+"""Ranks as threads of one process: tests of collective calls that start no processes and end when a rank fails."""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distcond.table import Collective
+
+TIMEOUT_S = 20.0
+
+
+class ThreadGroup:
+    """The functions of torch.distributed that `Collective` uses, among `size` threads."""
+
+    def __init__(self, size: int) -> None:
+        self._barrier = threading.Barrier(size, timeout=TIMEOUT_S)
+        self._given: list[Any] = [None] * size
+        self._me = threading.local()
+
+    def collective(self, rank: int) -> Collective:
+        """The calling thread's access to the group, as its rank `rank`."""
+        self._me.rank = rank
+        collective = Collective(None, self)
+        collective.rank, collective.size = rank, len(self._given)
+        return collective
+
+    def abort(self) -> None:
+        """Let every waiting rank fail."""
+        self._barrier.abort()
+
+    def all_reduce(self, tensor: Tensor, op: Any, group: Any) -> None:
+        parts = torch.stack(self._exchange(tensor.clone()))
+        tensor.copy_(parts.amax(0) if op == dist.ReduceOp.MAX else parts.sum(0))
+
+    def broadcast(self, tensor: Tensor, src: int, group: Any) -> None:
+        tensor.copy_(self._exchange(tensor.clone())[src])
+
+    def all_gather(self, out: list[Tensor], tensor: Tensor, group: Any) -> None:
+        for place, part in zip(out, self._exchange(tensor.clone()), strict=True):
+            place.copy_(part)
+
+    def all_to_all_single(self, out: Tensor, tensor: Tensor, receive: list[int], send: list[int], group: Any) -> None:
+        given = self._exchange(tensor.clone().split(send))
+        parts = [runs[self._me.rank] for runs in given]
+        assert [len(part) for part in parts] == receive
+        out.copy_(torch.cat(parts))
+
+    def _exchange(self, value: Any) -> list[Any]:
+        self._given[self._me.rank] = value
+        self._barrier.wait()
+        values = list(self._given)
+        self._barrier.wait()
+        return values
+
+
+def run_threads(work: Callable[[int], Any], groups: Sequence[ThreadGroup], size: int) -> list[Any]:
+    """Results of `work(rank)` on `size` threads; a failure on one rank ends all of them and is raised here."""
+    results: list[Any] = [None] * size
+    failures: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = work(rank)
+        except BaseException as error:  # noqa: BLE001 (raised again below)
+            failures.append(error)
+            for group in groups:
+                group.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(2 * TIMEOUT_S)
+    if failures:
+        raise failures[0]
+    assert not any(thread.is_alive() for thread in threads)
+    return results

@@ -1,0 +1,264 @@
+"""Checkpoints: a resumed run is the uninterrupted one, on the same ranks to the last bit; a damaged one is never used."""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+
+from distcond.config import Config
+from distcond.data.batch import Batch
+from distcond.data.batches import LocalFeeder
+from distcond.errors import RunError
+from distcond.train.checkpoint import latest_checkpoint, read_state, verified
+from tests.helpers import changed, folder_of, run_ranks, small_config, text_config, train_here, train_run
+from tests.train.traces import rows_by_node
+
+
+class CrashingFeeder(LocalFeeder):
+    """Fails on every rank while step 5 is being trained, as a lost machine would."""
+
+    def get(self, step: int, micro: int) -> Batch:
+        if step == 5:
+            raise ConnectionError("the cable is out")
+        return super().get(step, micro)
+
+
+def crash_here(config: Config) -> str:
+    with pytest.raises(ConnectionError) as error:
+        train_here(config, CrashingFeeder)
+    return str(error.value)
+
+
+def digests(checkpoint: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in checkpoint.iterdir()}
+
+
+def metric_rows(folder: Path) -> list[dict[str, float]]:
+    """Rows of metrics.jsonl, without what a clock decides."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith(("perf/", "mem/"))} for row in rows]
+
+
+# ---- resume ------------------------------------------------------------------------------------------------------------
+
+# Everything that has a state of its own: momenta, decay that rows catch up on, a schedule, clipping, gates' statistics.
+OPTIONS = {
+    "cluster__num_workers": 2,
+    "train__max_steps": 6,
+    "optim__weight_decay": 0.1,
+    "optim__schedule": "cosine",
+    "optim__warmup_steps": 2,
+    "optim__accumulation": 2,
+}
+
+
+@pytest.mark.parametrize(("make", "stage"), [(small_config, 0), (text_config, 1), (small_config, 2), (small_config, 3)])
+def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, make: Callable[..., Config], stage: int) -> None:
+    straight, broken = (make(tmp_path, run__name=name, optim__zero_stage=stage, **OPTIONS) for name in ("straight", "broken"))
+    train_run(straight)
+    assert run_ranks(crash_here, 2, broken) == ["the cable is out"] * 2
+    assert (tmp_path / "broken/checkpoints/latest").read_text() == "step_00000004\n"
+    train_run(broken)
+    for last in ("step_00000004", "step_00000006"):
+        assert digests(tmp_path / "broken/checkpoints" / last) == digests(tmp_path / "straight/checkpoints" / last)
+    assert metric_rows(tmp_path / "broken") == metric_rows(tmp_path / "straight")  # the fifth step is there once
+
+
+def load_here(config: Config) -> tuple[dict[str, dict[int, Tensor]], dict[str, Tensor]]:
+    """What a run holds after it has read its checkpoint, before any step: rows, and the dense part of rank 0."""
+    from distcond.train.state import start_run
+
+    feeder = LocalFeeder(config, dist.get_rank(), config.cluster.num_workers)
+    run = start_run(config, folder_of(config), feeder, feeder.task)
+    return rows_by_node(run.learner), run.engine.dense_state()
+
+
+def rows_in_files(checkpoint: Path) -> dict[str, dict[int, Tensor]]:
+    """Rows and moments of all files together, by node, read by hand."""
+    found: dict[str, dict[int, Tensor]] = {}
+    for file in checkpoint.glob("tables_*"):
+        tensors = load_file(file)
+        for name, value in tensors.items():
+            layer, _, part = name.rpartition("/")
+            if f"{layer}/keys" in tensors and part != "keys":
+                found.setdefault(name, {}).update(zip(tensors[f"{layer}/keys"].tolist(), value, strict=True))
+    return found
+
+
+PLACES = {
+    "1 rank, ZeRO 3": {"cluster__num_workers": 1, "optim__zero_stage": 3},
+    "2 ranks, ZeRO 0, other shards": {"cluster__num_workers": 2, "optim__zero_stage": 0, "cluster__shard_level": 1},
+    "4 ranks, ZeRO 2, two copies": {"cluster__num_workers": 4, "optim__zero_stage": 2, "cluster__expert_parallel_size": 2},
+    "4 ranks, ZeRO 1": {"cluster__num_workers": 4, "optim__zero_stage": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """An uninterrupted run of 8 steps on 2 ranks with checkpoints of every second step."""
+    constant = {**OPTIONS, "optim__schedule": "constant", "train__max_steps": 8, "checkpoint__keep_last": 4}
+    config = small_config(tmp_path_factory.mktemp("runs"), **constant)
+    train_run(config)
+    return config
+
+
+def branch(config: Config, step: int, to: Path) -> Config:
+    """A copy of a run that got no further than a step."""
+    old, new = Path(config.run.dir) / config.run.name, to / config.run.name
+    shutil.copytree(old, new)
+    for late in (new / "checkpoints").glob("step_*"):
+        if int(late.name[5:]) > step:
+            shutil.rmtree(late)
+    (new / "checkpoints/latest").write_text(f"step_{step:08d}\n")
+    return changed(config, run__dir=str(to), train__max_steps=step)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_checkpoint_moves_between_ranks_stages_and_placements(straight: Config, tmp_path: Path, place: str) -> None:
+    moved = changed(branch(straight, 4, tmp_path), **PLACES[place])
+    checkpoint = tmp_path / "run/checkpoints/step_00000004"
+    saved_rows, saved_dense = rows_in_files(checkpoint), load_file(checkpoint / "dense.safetensors")
+    ranks = run_ranks(load_here, moved.cluster.num_workers, moved)
+    held: dict[str, dict[int, Tensor]] = {}
+    for rows, dense in ranks:
+        assert all(torch.equal(value, saved_dense[name]) for name, value in dense.items())
+        for part, nodes in rows.items():
+            for node, row in nodes.items():
+                assert torch.equal(row, saved_rows[part][node]), f"{part} of node {node}"
+            held.setdefault(part, {}).update(nodes)
+    assert {part: nodes.keys() for part, nodes in held.items()} == {part: rows.keys() for part, rows in saved_rows.items()}
+
+
+def test_run_goes_on_from_2_ranks_to_1_to_4(straight: Config, tmp_path: Path) -> None:
+    moved = branch(straight, 4, tmp_path)
+    train_run(changed(moved, train__max_steps=6, **PLACES["1 rank, ZeRO 3"]))
+    train_run(changed(moved, train__max_steps=8, **PLACES["4 ranks, ZeRO 2, two copies"]))
+    expected, found = metric_rows(Path(straight.run.dir) / "run"), metric_rows(tmp_path / "run")
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        for name in row.keys() & {"train/loss", "val/nll", "ponder/cost", "optim/grad_norm"}:
+            # Adam makes much of a gradient that is nearly zero: the last digits of fp32 grow tenfold in four steps.
+            assert row[name] == pytest.approx(other[name], rel=1e-5), (row["step"], name)
+
+
+# ---- damage ------------------------------------------------------------------------------------------------------------
+
+
+def truncate(checkpoint: Path) -> Path:
+    file = checkpoint / "dense.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    return file
+
+
+def flip_a_bit(checkpoint: Path) -> Path:
+    file = checkpoint / "tables_00001_of_00002.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    return file
+
+
+def remove(checkpoint: Path) -> Path:
+    (checkpoint / "state.json").unlink()
+    return checkpoint / "state.json"
+
+
+def add(checkpoint: Path) -> Path:
+    (checkpoint / "tables_00000_of_00001.safetensors").write_bytes(b"")
+    return checkpoint / "tables_00000_of_00001.safetensors"
+
+
+def remove_manifest(checkpoint: Path) -> Path:
+    (checkpoint / "manifest.json").unlink()
+    return checkpoint
+
+
+@pytest.mark.parametrize("harm", [truncate, flip_a_bit, remove, add, remove_manifest])
+def test_harmed_checkpoint_is_refused_with_the_name_of_the_file(
+    straight: Config, tmp_path: Path, harm: Callable[[Path], Path]
+) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(Path(straight.run.dir) / "run/checkpoints", checkpoints)
+    assert latest_checkpoint(checkpoints) == checkpoints / "step_00000008"
+    harmed = harm(checkpoints / "step_00000008")
+    with pytest.raises(RunError) as refused:
+        latest_checkpoint(checkpoints)
+    assert str(harmed) in str(refused.value) and "\n" not in str(refused.value)
+    assert verified(checkpoints / "step_00000006")
+
+
+def test_checkpoint_of_another_format_is_refused(straight: Config, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(Path(straight.run.dir) / "run/checkpoints/step_00000008", tmp_path / "step")
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps({**state, "format_version": 99}))
+    with pytest.raises(RunError, match="has format 99; this version reads 1"):
+        read_state(checkpoint)
+
+
+class FailingDisk:
+    """Lets this process change a folder only so many more times, as a disk that is full; None: it works."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.left = str(folder), None  # type: str, int | None
+        sys.addaudithook(self.watch)
+
+    def watch(self, event: str, args: tuple[Any, ...]) -> None:
+        if self.left is None or event not in {"open", "os.mkdir", "os.rename", "os.rmdir"}:
+            return
+        if str(args[0]).startswith(self.folder):
+            self.left -= 1
+            if self.left < 0:
+                raise OSError("no space left")
+
+
+def save_on_a_failing_disk(config: Config) -> list[str]:
+    """Save a run's next step while the disk fails at the first, second, ... change; what `latest` says each time."""
+    from distcond.train.checkpoint import save_checkpoint
+    from distcond.train.state import start_run
+
+    folder, feeder = folder_of(config), LocalFeeder(config, 0, 1)
+    run = start_run(config, folder, feeder, feeder.task)
+    disk, named = FailingDisk(folder.checkpoints), []
+    for changes in range(1000):
+        disk.left = changes
+        try:
+            parts = {"model": run.learner, "tables": run.engine.tables, "state": {"updates": 4}, "keep_last": 1}
+            save_checkpoint(folder.checkpoints, 5, dense=run.engine.dense_state(), **parts)
+        except OSError:
+            disk.left = None
+            named.append(verified_name(folder.checkpoints))
+        else:
+            disk.left = None
+            return [*named, verified_name(folder.checkpoints)]
+    raise AssertionError("a checkpoint takes more than 1000 changes of the disk")
+
+
+def verified_name(checkpoints: Path) -> str:
+    """The newest checkpoint; raises RunError where it is not complete."""
+    newest = latest_checkpoint(checkpoints)
+    assert newest is not None
+    return newest.name
+
+
+def test_latest_never_names_an_incomplete_checkpoint(straight: Config, tmp_path: Path) -> None:
+    moved = changed(branch(straight, 4, tmp_path), **PLACES["1 rank, ZeRO 3"])
+    (named,) = run_ranks(save_on_a_failing_disk, 1, moved)
+    assert named == sorted(named) and set(named) == {"step_00000004", "step_00000005"}
+    assert named.count("step_00000004") > 10  # files, their fsync, the moves into place
+    kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert kept == ["latest", "step_00000005"]  # nothing half-written stays
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
+    train_run(small_config(tmp_path, cluster__num_workers=1, checkpoint__every=1, checkpoint__keep_last=2))
+    kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert kept == ["latest", "step_00000003", "step_00000004"]

@@ -1,0 +1,94 @@
+"""Metrics: pooled over ranks they are what one would count by hand over all tokens."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distcond.nn import TreeLinear
+from distcond.nn.model import SUMS
+from distcond.train.metrics import ponder, quality
+from tests.helpers import run_ranks
+from tests.train.foreign import Theirs, start, train
+from tests.train.traces import rows_by_node
+
+
+def sums(**figures: float) -> Tensor:
+    return torch.tensor([figures.get(name, 0.0) for name in SUMS], dtype=torch.float64)
+
+
+def test_quality_of_text_is_bits_and_errors_per_byte() -> None:
+    row = quality(sums(nll=8 * math.log(2), elements=4, element_errors=1, sequences=2), is_text=True, prefix="val")
+    assert row == pytest.approx({"val/bpb": 2.0, "val/element_error": 0.25})
+
+
+def test_quality_of_a_task_is_per_sequence() -> None:
+    figures = sums(nll=6.0, elements=12, element_errors=3, sequences=4, sequence_errors=2)
+    row = quality(figures, is_text=False, prefix="val")
+    assert row == pytest.approx({"val/nll": 1.5, "val/sequence_error": 0.5, "val/element_error": 0.25})
+
+
+def test_ponder_figures_are_per_position() -> None:
+    row = ponder(sums(positions=4, ponder_steps=10, remainder=2, ponder_cost=12))
+    assert row == {"ponder/steps": 2.5, "ponder/remainder": 0.5, "ponder/cost": 3.0}
+
+
+def test_nothing_counted_is_not_a_number() -> None:
+    assert all(math.isnan(value) for value in quality(sums(), is_text=True, prefix="val").values())
+
+
+def usage_of_a_loop(expert_parallel_size: int) -> tuple[dict[str, float], dict[str, list[int]], dict[str, set[int]]]:
+    """What `tree_usage` says of two steps, the leaf of every token this rank routed, and the nodes it holds."""
+    from distcond.train.metrics import tree_usage
+
+    leaves: dict[str, list[int]] = {}
+    engine = start(1, accumulation=2, expert_parallel_size=expert_parallel_size)
+    for name, layer in engine.module.named_modules():
+        if isinstance(layer, TreeLinear):
+            layer.records_loads = True
+
+            def note(module: nn.Module, inputs: tuple[Tensor], name: str = name) -> None:
+                assert isinstance(module, TreeLinear)
+                leaves.setdefault(name, []).extend(module.leaf(inputs[0]).flatten().tolist())
+
+            layer.register_forward_pre_hook(note)
+    train(engine, 0, 2)
+    usage = tree_usage(engine.module, engine.tables.world, engine.tables.expert)
+    nodes: dict[str, set[int]] = {}
+    for part, rows in rows_by_node(engine.module).items():
+        nodes.setdefault(part.split("/")[0], set()).update(rows)
+    return usage, leaves, nodes
+
+
+def by_hand(leaves: dict[str, list[int]], nodes: dict[str, set[int]]) -> dict[str, float]:
+    """The same figures from every single token and node, mean over layers."""
+    rows: list[dict[str, float]] = []
+    trees = {name: layer for name, layer in Theirs().named_modules() if isinstance(layer, TreeLinear)}
+    for name, layer in trees.items():
+        counts, total = Counter(leaves[name]), len(leaves[name])
+        rows.append(
+            {
+                "tree/leaf_entropy_nats": -sum(n / total * math.log(n / total) for n in counts.values()),
+                "tree/load_max_over_mean": max(counts.values()) / (total / 2**layer.depth),
+                "tree/dead_leaves": 2**layer.depth - len(counts),
+            }
+        )
+    exist = sum(len(nodes[name]) if layer.table is not None else 2 ** (layer.depth + 1) - 1 for name, layer in trees.items())
+    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]} | {"tree/materialized_nodes": exist}
+
+
+@pytest.mark.parametrize(("world_size", "expert_parallel_size"), [(1, 1), (2, 2), (4, 2)])
+def test_tree_usage_counts_every_token_of_every_rank_once(world_size: int, expert_parallel_size: int) -> None:
+    ranks: list[Any] = run_ranks(usage_of_a_loop, world_size, expert_parallel_size)
+    leaves: dict[str, list[int]] = {}
+    nodes: dict[str, set[int]] = {}
+    for usage, own_leaves, own_nodes in ranks:
+        assert usage == ranks[0][0]
+        for name, tokens in own_leaves.items():
+            leaves.setdefault(name, []).extend(tokens)
+        for name, held in own_nodes.items():
+            nodes.setdefault(name, set()).update(held)
+    assert ranks[0][0] == pytest.approx(by_hand(leaves, nodes))

@@ -1,0 +1,85 @@
+"""`--dry-run`: what it says is what the run would be."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distcond.config import Config
+from distcond.data.tasks import build_task
+from distcond.nn import TreeLinear
+from distcond.nn.model import Learner, build_learner
+from distcond.table import SubtreePlan
+from distcond.train.plan import cost_of, describe
+from tests.helpers import small_config, text_config
+
+CONFIGS: list[dict[str, Any]] = [
+    {},
+    {"model__tree__depth": 0, "model__tree__full_depth": None},
+    {"model__tree__storage": "dense", "model__tree__gate": "hash", "model__halting__kind": "fixed"},
+    {"model__cell": "lstm", "data__name": "logic", "model__halting__kind": "none"},
+    {"cluster__num_workers": 4, "model__tree__depth": 7, "model__tree__full_depth": 3, "optim__zero_stage": 3},
+    {"cluster__num_workers": 4, "model__tree__depth": 5, "cluster__expert_parallel_size": 2, "cluster__shard_level": 1},
+    {"cluster__num_workers": 2, "model__tree__depth": 4, "cluster__shard_level": 3},
+]
+
+
+def learner_of(config: Config) -> Learner:
+    task = build_task(config.data)
+    return build_learner(config.model, is_text=task.kind == "bytes", input_size=task.input_size, output_size=task.output_size)
+
+
+def number(text: str, before: str, after: str) -> int:
+    found = re.search(f"{before} *([0-9,]+){after}", text)
+    assert found, f"no number between {before!r} and {after!r} in\n{text}"
+    return int(found[1].replace(",", ""))
+
+
+def node_parameters(layer: TreeLinear, plan: SubtreePlan, rank: int) -> int:
+    """Numbers in the rows of one rank when every node exists, counted one node at a time."""
+    assert layer.table is not None
+    nodes = torch.arange(2 ** (layer.depth + 1) - 1)
+    held = (plan.node_owner(nodes) == -1) | (plan.node_owner(nodes) == rank)
+    full = nodes < 2 ** (layer.full_depth + 1) - 1
+    return int((held & full).sum()) * layer.table.full.width + int((held & ~full).sum()) * layer.table.low.width
+
+
+CASES = [(make, changes) for make in (small_config, text_config) for changes in CONFIGS]
+CASES.remove((text_config, CONFIGS[3]))  # a transformer reads bytes
+
+
+@pytest.mark.parametrize(("make", "changes"), CASES, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_dry_run_tells_the_parameters_and_the_placement(tmp_path: Path, make: Any, changes: dict[str, Any]) -> None:
+    config = make(tmp_path, **{"cluster__num_workers": 1, **changes})
+    text, cost, learner = describe(config), cost_of(config), learner_of(config)
+    dense = sum(parameter.numel() for parameter in learner.parameters())
+    assert number(text, "dense parameters", "") == cost.dense_parameters == dense
+    layers = [layer for layer in learner.modules() if isinstance(layer, TreeLinear) and layer.table is not None]
+    size = config.cluster.expert_parallel_size or config.cluster.num_workers
+    plan = SubtreePlan.make(config.model.tree.depth, size, config.cluster.shard_level)
+    ranks = [sum(node_parameters(layer, plan, rank) for layer in layers) for rank in range(size)]
+    everything = sum(node_parameters(layer, SubtreePlan.make(layer.depth, 1), 0) for layer in layers)
+    assert number(text, "node parameters", " if every") == cost.node_parameters == everything
+    if layers:
+        assert number(text, "up to", " bytes of rows per rank") == 12 * max(ranks)  # a weight and two moments, fp32
+        assert ("subtrees over" in text) == plan.is_sharded
+    steps = 1 if config.model.halting.kind == "none" else config.model.halting.max_steps
+    expected = (cost.macs_per_position + n * cost.macs_per_step for n in (1, steps))
+    assert [number(text, "MACs per position", " with 1"), number(text, "step,", f" with {steps}")] == list(expected)
+
+
+def test_dense_memory_follows_the_zero_stages() -> None:
+    """Weights, gradients and moments: 16 bytes a parameter in fp32, of which each stage shares out a further part."""
+    ranks, wide = 4, {"model__width": 4096, "cluster__num_workers": 4}
+    parameters = cost_of(small_config("unused", **wide)).dense_parameters
+
+    def mib(stage: int) -> str:
+        found = re.search(r"memory per rank *([0-9.,]+) MiB", describe(small_config("unused", **wide, optim__zero_stage=stage)))
+        assert found
+        return found[1]
+
+    # Stage 1 up: an fp32 copy that ZeRO steps on, beside the weights themselves.
+    shares = [16, 8 + 12 / ranks, 4 + 16 / ranks, 20 / ranks]
+    assert [mib(stage) for stage in range(4)] == [f"{share * parameters / 2**20:,.1f}" for share in shares]

@@ -1,0 +1,55 @@
+"""Tree layers for tests, in which every node exists and holds random numbers; and their function, token by token."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distcond.nn import TreeLinear
+
+
+def random_tree(
+    depth: int, *, sizes: tuple[int, int] = (5, 4), seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any
+) -> TreeLinear:
+    """A layer of (in, out) = sizes whose nodes hold normal numbers of variance 1 / in, and its thresholds some too."""
+    torch.manual_seed(seed)
+    layer = TreeLinear(*sizes, depth, **options).to(dtype)
+    spread = sizes[0] ** -0.5
+    with torch.no_grad():
+        if layer.gate is not None:
+            layer.gate.running_mean.normal_(std=0.1)
+        if layer.table is None:
+            for name, parameter in layer.named_parameters():
+                if not name.startswith("gate."):
+                    parameter.normal_(std=spread)
+        else:
+            layer.table.ensure([torch.arange(2**level - 1, 2 ** (level + 1) - 1) for level in range(depth + 1)])
+            for _, store in layer.table.stores():
+                store.data.normal_(std=spread)
+    return layer
+
+
+def tokens(count: int, in_features: int = 5, *, seed: int = 1) -> Tensor:
+    """Standard normal tokens, float64."""
+    return torch.randn(count, in_features, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def path(leaf: int, depth: int) -> list[int]:
+    """Ids of the nodes on the path to a leaf, the root first."""
+    return [2**level - 1 + (leaf >> (depth - level)) for level in range(depth + 1)]
+
+
+def nodes_of(layer: TreeLinear) -> tuple[Tensor, Tensor]:
+    """Matrix [nodes, out, in] and bias [nodes, out] of every node, by id."""
+    with torch.no_grad():
+        pairs = [layer._node(node) for node in range(2 ** (layer.depth + 1) - 1)]
+    return torch.stack([weight for weight, _ in pairs]), torch.stack([bias for _, bias in pairs])
+
+
+def token_by_token(layer: TreeLinear, x: Tensor) -> Tensor:
+    """effective_weight(leaf) @ x + c, one token after another."""
+    outputs = []
+    for token, leaf in zip(x, layer.leaf(x)[:, 0].tolist(), strict=True):
+        weight, bias = layer.effective_weight(leaf)
+        outputs.append(weight @ token + bias)
+    return torch.stack(outputs) if outputs else x.new_zeros(0, layer.out_features)
