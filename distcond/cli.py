@@ -213,8 +213,10 @@ def _configuration(args: argparse.Namespace) -> Config:
 
 def _dry_run(config: Config) -> int:
     from distcond import compose
+    from distcond.train.deepspeed_options import deepspeed_options
     from distcond.train.plan import describe
 
+    deepspeed_options(config)  # refuses what the run would refuse
     print(compose.to_yaml(config))
     print(describe(config))
     return 0

@@ -1,5 +1,6 @@
 """What tests share: ranks on this machine, small configurations, runs without Ray."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -72,6 +73,7 @@ def _answer(file: Path, process: Any) -> tuple[bool, Any]:
 
 def _run_rank(work: Callable[..., Any], rank: int, world_size: int, folder: Path, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what the server imported is there to stay; ZeRO 3 collects garbage often
     answer: tuple[bool, Any]
     try:
         if world_size:
@@ -164,7 +166,7 @@ def train_here(config: Config, make_feeder: Callable[[Config, int, int], Feeder]
 
     rank = dist.get_rank() if dist.is_initialized() else 0
     feeder = make_feeder(config, rank, config.cluster.num_workers)
-    return run_training(config, folder_of(config), feeder, lambda row: None, asdict(config))
+    return run_training(config, folder_of(config), feeder, asdict(config))
 
 
 def folder_of(config: Config) -> RunFolder:

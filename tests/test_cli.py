@@ -65,6 +65,7 @@ def test_verbs_have_their_own_help(capsys: pytest.CaptureFixture[str], verb: str
         ("sweep --multirun", "a search over values is `distcond sweep`"),
         ("train modle=rnn", "there is no key modle; did you mean model?"),
         ("train modle=rnn --dry-run", "there is no key modle; did you mean model?"),
+        ("train optim.deepspeed={optimizer:{}} --dry-run", "optim.deepspeed.optimizer is derived by distcond"),
         ("train --config no/config.yaml", "no/config.yaml: no such file or directory."),
         ("train --config config.yaml seed=1", "config.yaml is run as it is; remove seed=1"),
         ("train --config config.yaml --config-dir x", "config.yaml is run as it is; remove --config-dir"),

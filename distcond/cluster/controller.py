@@ -3,7 +3,6 @@
 Light to import: Ray Train itself (`ray_train.py`) is imported in the actor alone, for it takes a second.
 """
 
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,8 +32,6 @@ class Job:
     "Gets a line for the user at each restart of the workers."
     metrics: Path
     "Absolute path of the metrics; what a restart has not made grow, it has not helped."
-    is_trial: bool
-    "Whether Tune may kill the process that owns the controller."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +50,7 @@ class Outcome:
 def start_controller(job: Job) -> tuple[Any, Any]:
     """Start the controller on this node: its actor, and the future of its `Outcome`."""
     here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
-    actor = ray.remote(_Controller).options(num_cpus=0, max_concurrency=2, label_selector=here).remote()
+    actor = ray.remote(_Controller).options(num_cpus=0, label_selector=here).remote()
     return actor, actor.run.remote(job)
 
 
@@ -62,7 +59,3 @@ class _Controller:
         from distcond.cluster.ray_train import run_workers
 
         return run_workers(job)
-
-    def wait(self) -> None:
-        """Never returns: whoever waits hears when this process is gone."""
-        threading.Event().wait()

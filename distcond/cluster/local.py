@@ -41,23 +41,22 @@ def preflight(cluster: ClusterConfig) -> None:
 
 
 @contextmanager
-def ray_session(cluster: ClusterConfig, logs: Path, extra_resources: Mapping[str, float] | None = None) -> Iterator[Room]:
+def ray_session(cluster: ClusterConfig, logs: Path) -> Iterator[Room]:
     """Ray for one run or sweep, quiet on the screen, stopped on leaving with no process left behind; yields what it has.
 
     logs: folder (absolute) for what Ray would print: driver.log, and Ray's own logs where the run failed.
-    extra_resources: custom resources of a local Ray, e.g. {"driver": 8}.
     Connects instead where cluster.address or RAY_ADDRESS is set. Raises ClusterError where the run has no room.
     """
     preflight(cluster)
     logs.mkdir(parents=True, exist_ok=True)
     with _quiet_ray(logs / "ray_driver.log"):
-        session = _connected(cluster) if _address(cluster) else _started(cluster, logs, extra_resources or {})
+        session = _connected(cluster) if _address(cluster) else _started(cluster, logs)
         with session as room:
             yield room
 
 
 @contextmanager
-def _started(cluster: ClusterConfig, logs: Path, resources: Mapping[str, float]) -> Iterator[Room]:
+def _started(cluster: ClusterConfig, logs: Path) -> Iterator[Room]:
     """A Ray of our own, with its files in a temporary folder of its own; only who has the user's token can talk to it.
 
     Without the dashboard: that takes 1.5 s and 11 processes more (2 cores), to show what progress and logs show.
@@ -72,7 +71,6 @@ def _started(cluster: ClusterConfig, logs: Path, resources: Mapping[str, float])
                 address="local",
                 num_cpus=int(room.cpus),
                 num_gpus=int(room.gpus),
-                resources=dict(resources),
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 log_to_driver=False,

@@ -10,11 +10,9 @@ NOTE: `ray.train.v2._internal` is the price; it is why pyproject.toml pins Ray t
 
 import asyncio
 import os
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import ray
 import ray.train
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -68,13 +66,12 @@ def _parts(job: Job) -> dict[str, Any]:
         backend_config=BackendConfig(),
         dataset_config=ray.train.DataConfig(),
     )
-    callbacks = [AcceleratorSetupCallback(_SharedGpus(), scaling), _Join(job.join)]
     return {
         "train_fn_ref": ObjectRefWrapper(job.train),
         "train_run_context": context,
         "scaling_policy": _FixedSize(scaling),
         "failure_policy": _Restarts(failure, job),
-        "callbacks": [*callbacks, _Release()] if job.is_trial else callbacks,
+        "callbacks": [AcceleratorSetupCallback(_SharedGpus(), scaling), _Join(job.join)],
     }
 
 
@@ -137,37 +134,6 @@ class _Restarts(FailurePolicy):  # type: ignore[misc]  # Ray is untyped
             file.write(restart_line(failures, self._count, allowed) + "\n")
         self._job.started_file.unlink(missing_ok=True)
         return FailureDecision.RETRY
-
-
-class _Release(WorkerGroupCallback):  # type: ignore[misc]  # Ray is untyped
-    """Gives the workers' places back if the controller is killed, as Tune does with a trial that it stops early.
-
-    NOTE: a placement group outlives the actor that made it until the whole job ends (ray #54305). Ray Train's own cure
-    asks the dashboard, which is not there.
-    """
-
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        group = worker_group.get_worker_group_state().placement_group_handle.placement_group
-        this = ray.get_runtime_context().current_actor
-        ray.remote(_Keeper).options(num_cpus=0, lifetime="detached").remote(this, group)
-
-
-class _Keeper:
-    """A process that outlives a controller in order to clean up after it.
-
-    NOTE: all begins in the constructor, because a call would be lost if the controller were killed before it is made.
-    """
-
-    def __init__(self, controller: Any, group: Any) -> None:
-        this = ray.get_runtime_context().current_actor
-        threading.Thread(target=self._keep, args=(controller, group, this), daemon=True).start()
-
-    def _keep(self, controller: Any, group: Any, this: Any) -> None:
-        try:
-            ray.get(controller.wait.remote())
-        except RayActorError:
-            ray.util.remove_placement_group(group)
-        ray.kill(this)
 
 
 def _errors(error: TrainingFailedError) -> dict[int, Exception]:

@@ -63,7 +63,7 @@ def render(what: str, config: Config, folder: Path) -> str:
         partition=cluster.partition,
         time_limit=cluster.time_limit,
         grace_s=GRACE_S,
-        # TODO: once ClusterConfig says how many ranks share a node, divide by it; until then each has a node to itself.
+        # NOTE: every rank has a node to itself.
         num_nodes=cluster.num_workers,
         cpus_per_node=math.ceil(cluster.cpus_per_worker) + 1,  # one core beside the rank, for its data actor and Ray
         gpus_per_node=math.ceil(cluster.gpus_per_worker),

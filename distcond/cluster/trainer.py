@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -71,21 +71,17 @@ def run_folder(config: Config) -> RunFolder:
 
 def fit(
     config: Config,
-    *,
-    report: bool = False,
-    callbacks: Sequence[Any] = (),
     wait_for: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
     """Train a prepared run on Ray Train workers of the Ray that is already there; returns the summary of rank 0.
 
-    report: for a trial of Tune: hand every validation row to `callbacks` (`[TuneReportCallback()]`), which rank 0 does
-    by itself; and expect to be killed at any time. wait_for: told what the run is waiting for.
+    wait_for: told what the run is waiting for.
     Raises the UserError of a worker as it was, and TrainingError, naming the log, for any other failure.
     """
     import ray
 
     from distcond.cluster.controller import Job, start_controller
-    from distcond.cluster.worker import Rank, ignore
+    from distcond.cluster.worker import Rank
 
     folder, ask = run_folder(config), ask_of(config.cluster)
     started_file = folder.logs / "started"
@@ -93,7 +89,6 @@ def fit(
         config=config,
         settings=to_dict(config),
         num_threads=threads_per_worker(ask),
-        on_validation=partial(_report, callbacks) if report else ignore,
         started_file=started_file,
     )
     job = Job(
@@ -105,7 +100,6 @@ def fit(
         started_file=started_file,
         restarts_file=folder.logs / RESTARTS,
         metrics=folder.metrics,
-        is_trial=report,
     )
     with folder.locked():
         shutil.rmtree(folder.logs / "ray", ignore_errors=True)
@@ -144,11 +138,6 @@ def _follow(job: "Job", folder: RunFolder, outcome: Any, wait_for: Callable[[str
         raise TrainingError(f"{what}; see {folder.logs / log}.")
     summary: dict[str, Any] = end.summary
     return summary
-
-
-def _report(callbacks: Sequence[Any], row: dict[str, float]) -> None:
-    for callback in callbacks:
-        callback.after_report(run_context=None, metrics=[row], checkpoint=None)
 
 
 def launch(config: Config) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,8 +27,6 @@ class Rank:
     settings: dict[str, Any]
     "The configuration as plain containers."
     num_threads: int
-    on_validation: Callable[[dict[str, float]], None]
-    "Called on rank 0 with each row of validation metrics."
     started_file: Path
     "Created by rank 0 when training begins."
 
@@ -69,7 +66,7 @@ class Rank:
 
             if rank == 0:
                 self.started_file.touch()
-            summary = run_training(self.config, folder, feeder, self.on_validation if rank == 0 else ignore, self.settings)
+            summary = run_training(self.config, folder, feeder, self.settings)
             torch.distributed.destroy_process_group()
             return summary
         finally:
@@ -78,10 +75,6 @@ class Rank:
 
 def _folder(config: Config) -> RunFolder:
     return RunFolder(Path(config.run.dir) / config.run.name)
-
-
-def ignore(row: dict[str, float]) -> None:
-    """Rank 0 speaks for all."""
 
 
 def _log_to(file: Path, rank: int) -> None:

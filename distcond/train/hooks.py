@@ -3,7 +3,6 @@
 import logging
 import math
 import time
-from collections.abc import Callable
 
 import torch
 
@@ -11,7 +10,7 @@ from distcond.config import TrainConfig
 from distcond.nn.cost import ModelCost
 from distcond.tracking import Tracker
 from distcond.train.checkpoint import save_checkpoint
-from distcond.train.metrics import Meter, ponder, quality, tree_usage
+from distcond.train.metrics import Meter, is_better, ponder, quality, tree_usage
 from distcond.train.run_folder import write_json
 from distcond.train.schedule import learning_rate
 from distcond.train.state import Run, validate
@@ -74,8 +73,8 @@ class LogHook:
 class ValidationHook:
     """Validation every `train.eval_every` steps, and at the end; keeps the best figure."""
 
-    def __init__(self, tracker: Tracker | None, on_validation: Callable[[dict[str, float]], None]) -> None:
-        self.tracker, self.on_validation = tracker, on_validation
+    def __init__(self, tracker: Tracker | None) -> None:
+        self.tracker = tracker
 
     def after_step(self, run: Run) -> None:
         """Validate and write a row."""
@@ -86,13 +85,11 @@ class ValidationHook:
         figures = quality(sums, is_text=run.learner.is_text, prefix="val") | ponder(sums, "val/ponder")
         row: dict[str, float] = {"step": run.step, **figures, "perf/validation_s": time.perf_counter() - start}
         metric = "val/bpb" if run.learner.is_text else "val/sequence_error"
-        best = run.summary.get("best")
-        if best is None or figures[metric] < best["value"]:
+        if is_better(figures[metric], run.summary.get("best")):
             run.summary["best"] = {"metric": metric, "value": figures[metric], "step": run.step}
         run.summary["last"] = figures
         if self.tracker:
             self.tracker.log(row)
-        self.on_validation(row)
         run.meter.started += time.perf_counter() - start
 
     def close(self) -> None:

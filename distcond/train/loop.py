@@ -8,7 +8,6 @@ import importlib.metadata
 import platform
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,21 +23,14 @@ from distcond.train.schedule import learning_rate
 from distcond.train.state import Hook, Run, start_run, tensors
 
 
-def run_training(
-    config: Config,
-    folder: RunFolder,
-    feeder: Feeder,
-    on_validation: Callable[[dict[str, float]], None],
-    settings: dict[str, Any],
-) -> dict[str, Any]:
+def run_training(config: Config, folder: RunFolder, feeder: Feeder, settings: dict[str, Any]) -> dict[str, Any]:
     """Train until train.max_steps, or until RUN/stop appears; continue from the newest checkpoint. Returns the summary.
 
-    on_validation: called on every rank with each row of validation metrics. settings: the configuration as plain
-    containers, for the tracker.
+    settings: the configuration as plain containers, for the tracker.
     """
     task = build_task(config.data)
     run = start_run(config, folder, feeder, task)
-    hooks = make_hooks(run, task, on_validation, settings)
+    hooks = make_hooks(run, task, settings)
     try:
         while not run.is_last:
             train_step(run)
@@ -69,7 +61,7 @@ def train_step(run: Run) -> None:
     run.meter.skipped += not run.engine.step_is_applied
 
 
-def make_hooks(run: Run, task: Task, on_validation: Callable[[dict[str, float]], None], settings: dict[str, Any]) -> list[Hook]:
+def make_hooks(run: Run, task: Task, settings: dict[str, Any]) -> list[Hook]:
     """What happens beside training, in this order after each step; rank 0 tracks."""
     config, folder, tracker = run.config, run.folder, None
     if run.engine.tables.world.rank == 0:
@@ -83,7 +75,7 @@ def make_hooks(run: Run, task: Task, on_validation: Callable[[dict[str, float]],
     hooks: list[Hook] = [
         StopHook(),
         LogHook(tracker, cost, peak_tflops(config.train)),
-        ValidationHook(tracker, on_validation),
+        ValidationHook(tracker),
         CheckpointHook(),
     ]
     return [ProfileHook(), *hooks] if config.train.profile else hooks

@@ -5,7 +5,9 @@ Names are given in the README; every one has a unit or is dimensionless.
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import psutil
 import torch
@@ -29,6 +31,11 @@ def quality(sums: Tensor, *, is_text: bool, prefix: str) -> dict[str, float]:
         f"{prefix}/sequence_error": _ratio(figure["sequence_errors"], figure["sequences"]),
         f"{prefix}/element_error": _ratio(figure["element_errors"], figure["elements"]),
     }
+
+
+def is_better(value: float, best: Mapping[str, Any] | None) -> bool:
+    """Whether a figure, of which less is better, beats the best so far (`value` of it; None: the first); NaN never does."""
+    return math.isfinite(value) and (best is None or value < best["value"])
 
 
 def ponder(sums: Tensor, prefix: str = "ponder") -> dict[str, float]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import psutil
 import pytest
-import ray
 
 from distcond.cluster import trainer
 from distcond.cluster.trainer import TrainingError, closing_lines, fit, name_run, prepare_run
@@ -131,24 +130,6 @@ def test_ranks_train_and_write_to_their_logs_alone(uninterrupted: tuple[Path, di
 
 
 @pytest.mark.ray
-def test_validations_are_reported_to_a_trial_once(shared_ray: Any, tmp_path: Path) -> None:
-    reports = tmp_path / "reported"
-
-    class WriteDown:  # a callback of Ray Train's kind; a class of a function travels with its code
-        def after_report(self, run_context: Any, metrics: list[dict[str, float]], checkpoint: None) -> None:
-            with reports.open("a") as file:
-                file.write(json.dumps(metrics[0]) + "\n")
-
-    config = crowded(small_config(tmp_path))
-    path = prepare_run(config)
-    fit(config, report=True, callbacks=[WriteDown()])
-    validated = [row for row in read_rows(path) if "val/sequence_error" in row]
-    reported = [json.loads(line) for line in reports.read_text().splitlines()]
-    assert [row["step"] for row in reported] == [2, 4]
-    assert reported == validated
-
-
-@pytest.mark.ray
 def test_a_killed_worker_changes_nothing_but_the_time(uninterrupted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     config = crowded(small_config(tmp_path, train__max_steps=40))
     path = prepare_run(config)
@@ -212,23 +193,6 @@ def test_a_stop_before_training_begins_needs_no_step(shared_ray: Any, tmp_path: 
     assert not (path / "metrics.jsonl").exists()
 
 
-@pytest.mark.ray
-def test_the_places_of_a_killed_trial_are_free_again(shared_ray: Any, tmp_path: Path) -> None:
-    config = crowded(small_config(tmp_path, train__max_steps=10**6))
-    path = prepare_run(config)
-
-    class Trial:  # as Tune has it: an actor, which is killed when it is stopped early
-        def run(self) -> None:
-            fit(config, report=True)
-
-    trial = ray.remote(Trial).options(num_cpus=0).remote()
-    trial.run.remote()
-    wait_until(lambda: (path / "logs" / "started").exists())
-    assert ray.available_resources().get("CPU", 0) < shared_ray.cpus
-    ray.kill(trial)
-    wait_until(lambda: ray.available_resources().get("CPU", 0) == shared_ray.cpus)
-
-
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -259,12 +223,18 @@ class Command:
         """Exit status and what was written to stderr; nothing that was started may be left."""
         status = self.process.wait(TIMEOUT_S)
         self._reader.join()
-        left = [process for process in self.started if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-        assert left == []
         with self.process.stderr as stream:
             errors = stream.read()
         self.process.stdout.close()
+        wait_until(lambda: not any(map(is_alive, self.started)))  # Ray's processes end a moment after their parent
         return status, errors
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE  # which nobody may be there to reap
+    except psutil.NoSuchProcess:
+        return False
 
 
 def words(folder: Path, **changes: Any) -> list[str]:

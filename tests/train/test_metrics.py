@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distcond.nn import TreeLinear
 from distcond.nn.model import SUMS
-from distcond.train.metrics import ponder, quality
+from distcond.train.metrics import is_better, ponder, quality
 from tests.helpers import run_ranks
 from tests.train.foreign import Theirs, start, train
 from tests.train.traces import rows_by_node
@@ -23,6 +23,13 @@ def sums(**figures: float) -> Tensor:
 def test_quality_of_text_is_bits_and_errors_per_byte() -> None:
     row = quality(sums(nll=8 * math.log(2), elements=4, element_errors=1, sequences=2), is_text=True, prefix="val")
     assert row == pytest.approx({"val/bpb": 2.0, "val/element_error": 0.25})
+
+
+def test_a_run_that_begins_with_nan_still_finds_its_best() -> None:
+    assert not is_better(math.nan, None)
+    assert is_better(3.0, None)
+    assert not is_better(math.nan, {"value": 3.0})
+    assert [is_better(value, {"value": 3.0}) for value in (2.9, 3.0, 3.1)] == [True, False, False]
 
 
 def test_quality_of_a_task_is_per_sequence() -> None:
