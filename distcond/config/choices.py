@@ -28,6 +28,7 @@ class GateGradient(StrEnum):
     """How the gating units learn."""
 
     straight_through = "straight_through"
+    sampled = "sampled"
     none = "none"
 
 

@@ -19,7 +19,7 @@ from distcond.ops import NodeTensors, TreePath
 from distcond.table import Collective, NodeTable, RowStore, SubtreePlan
 
 STORAGES = ("dense", "lazy")
-GATE_GRADIENTS = ("straight_through", "none")
+GATE_GRADIENTS = ("straight_through", "sampled", "none")
 
 
 class TreeLinear(nn.Module):
@@ -29,6 +29,7 @@ class TreeLinear(nn.Module):
     full_depth, rank: levels up to full_depth hold full matrices (None: all), deeper ones factors of this rank.
     gate: "linear" (learned units) or "hash" (fixed random hyperplanes).
     gate_gradient: "straight_through": level l's contribution is multiplied by 1 + t - stopgrad(t), t = tanh|g_l|;
+        "sampled": the same for one level a step, in turn, times depth: right on average, and it spares a product a level;
         "none": the gates do not learn.
     storage: "dense": `nn.Parameter`s of all nodes, any torch optimiser trains them. "lazy": rows that are born with
         their first gradient, trained by `distcond.optim.RowAdam`, sharded by `distcond.initialize`.
@@ -94,7 +95,7 @@ class TreeLinear(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # bits and rows are fp32 whatever the model computes in
             gates_TK = self._gates(x_TQ)
             leaf_T = _leaf_index(gates_TK > 0)
-            soft_TK = gates_TK.abs().tanh() if self.gate_gradient == "straight_through" else gates_TK.detach()
+            soft_TK = self._soft_bits(gates_TK)
             nodes = self._parameters_of_nodes() if self.table is None else (anchor(x_TQ),)
             statistics = self.gate.statistics(gates_TK) if self.gate is not None and self.training else None
             y_TP: Tensor = TreeProduct.apply(self, statistics, x_TQ, soft_TK, leaf_T, *nodes)  # type: ignore[no-untyped-call]
@@ -140,11 +141,10 @@ class TreeLinear(nn.Module):
             owner = self.plan.node_owner(store.keys)
             store.keep((owner < 0) | (owner == self.collective.rank))
 
-    def commit_statistics(self, collective: Collective | None = None) -> None:
-        """Fold the staged gate statistics into the running means; once per applied step, pooled over ranks if given."""
+    def commit_statistics(self) -> None:
+        """Fold the staged gate statistics into the running mean; once per applied step."""
         if self.gate is not None:
-            statistics = self.gate.take_statistics()
-            self.gate.commit(collective.sum_(statistics) if collective else statistics)
+            self.gate.commit(self.gate.take_statistics())
 
     def take_touched(self) -> Tensor:
         """Ids of the nodes that tokens were routed to since the last call, ascending int64 (dense storage)."""
@@ -226,6 +226,13 @@ class TreeLinear(nn.Module):
             return x_TQ.new_zeros(len(x_TQ), 0)
         return self.gate(x_TQ)  # type: ignore[no-any-return]
 
+    def _soft_bits(self, gates_TK: Tensor) -> Tensor:
+        """t of `gate_gradient`, [T, K], of which the gradient alone is used."""
+        if self.gate_gradient == "none":
+            return gates_TK.detach()
+        soft_TK = gates_TK.abs().tanh()
+        return soft_TK * self.depth if self.gate_gradient == "sampled" else soft_TK
+
     def _before_forward(self) -> None:
         is_recomputing = torch._C._current_graph_task_id() != -1  # by a backward pass, under activation checkpointing
         if not (self.training and torch.is_grad_enabled()) or is_recomputing:
@@ -239,6 +246,13 @@ class TreeLinear(nn.Module):
             self.commit_statistics()
         self._backward_seen = False
 
+    def gate_levels(self) -> range:
+        """Levels whose gates learn from this pass."""
+        if self.gate_gradient != "sampled" or self.gate is None:
+            return range(1, self.depth + 1) if self.gate_gradient == "straight_through" else range(0)
+        level = 1 + (int(self.seed) + int(self.gate.num_commits)) % self.depth  # the same on all ranks, and after a restart
+        return range(level, level + 1)
+
     def note_backward(self, path: TreePath, statistics: Tensor | None) -> None:
         """Record what a backward pass reached: once for each forward, however often that is computed again."""
         self._backward_seen = True
@@ -249,7 +263,7 @@ class TreeLinear(nn.Module):
         if not self.records_loads:
             return
         last = path.levels[-1]
-        counts = torch.tensor(last.offsets, device=last.nodes_G.device).diff()
+        counts = torch.tensor(last.sizes, dtype=torch.int64, device=last.nodes_G.device)
         self._leaf_loads.append((last.nodes_G - (2**self.depth - 1), counts))
 
     # ---- the rows travel with the module -----------------------------------------------------------------------------

@@ -3,12 +3,13 @@
 Legend: T tokens, Q in, P out, K depth (bits), G nodes touched.
 """
 
+from collections.abc import Collection
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from distcond.ops import NodeTensors, TreePath, tree_backward, tree_forward
+from distcond.ops import Merged, NodeTensors, Schedule, TreePath, tree_backward, tree_forward
 from distcond.table import Collective, NodeTable, Route, SubtreePlan
 
 
@@ -26,6 +27,9 @@ class TreeNodes(Protocol):
 
     def node_tensors(self, parameters: tuple[Tensor, ...]) -> NodeTensors:
         """The stored nodes as matrices, from the table or from the given parameters."""
+
+    def gate_levels(self) -> Collection[int]:
+        """Levels whose gates learn from this pass."""
 
     def note_backward(self, path: TreePath, statistics: Tensor | None) -> None:
         """Record what a backward pass reached."""
@@ -52,9 +56,13 @@ class TreeProduct(torch.autograd.Function):
         path = TreePath.of(leaf_T, layer.depth)
         nodes = layer.node_tensors(parameters)
         rows = _rows(layer, path, born=False)
-        y_TP = tree_forward(local_TQ.to(nodes.weight_SPQ.dtype), path, rows, nodes, layer.full_depth).to(x_TQ.dtype)
-        ctx.save_for_backward(local_TQ, *parameters)
-        ctx.layer, ctx.path, ctx.route, ctx.soft_dtype, ctx.statistics = layer, path, route, soft_TK.dtype, statistics
+        schedule = Schedule.of(path, layer.full_depth)
+        y_TP, merged = tree_forward(local_TQ.to(nodes.weight_SPQ.dtype), path, rows, nodes, schedule)
+        ctx.save_for_backward(local_TQ, *merged, *parameters)
+        ctx.layer, ctx.path, ctx.schedule, ctx.route = layer, path, schedule, route
+        ctx.dtype, ctx.soft_dtype = x_TQ.dtype, soft_TK.dtype
+        ctx.statistics, ctx.gate_levels = statistics, layer.gate_levels()
+        y_TP = y_TP.to(x_TQ.dtype)
         return y_TP if route is None else route.combine(y_TP)
 
     @staticmethod
@@ -62,7 +70,7 @@ class TreeProduct(torch.autograd.Function):
         """Gradients to rows, soft bits and parameters; those of a table are collected by the table."""
         layer: TreeNodes = ctx.layer
         path: TreePath = ctx.path
-        local_TQ, *parameters = ctx.saved_tensors
+        local_TQ, weight_GPQ, bias_GP, *parameters = ctx.saved_tensors
         grad_TP = grad_TP.contiguous() if ctx.route is None else ctx.route.dispatch(grad_TP)
         rows = _rows(layer, path, born=True)
         nodes = layer.node_tensors(tuple(parameters))
@@ -71,7 +79,9 @@ class TreeProduct(torch.autograd.Function):
         full_GW, low_GW = (part.to(dtype) for part in layer.layout.new_gradient(levels))
         out = layer.layout.as_matrices(full_GW, low_GW)
         with torch.autocast(grad_TP.device.type, enabled=False):
-            grad_x, grad_soft = tree_backward(local_TQ.to(dtype), grad_TP.to(dtype), path, rows, nodes, layer.full_depth, out)
+            merged = Merged(weight_GPQ, bias_GP)
+            local_TQ, grad_TP = local_TQ.to(dtype), grad_TP.to(dtype)
+            grad_x, grad_soft = tree_backward(local_TQ, grad_TP, path, rows, nodes, ctx.schedule, merged, ctx.gate_levels, out)
         layer.note_backward(path, ctx.statistics)
         grads: tuple[Tensor | None, ...] = (None,)
         if layer.table is not None:
@@ -81,7 +91,7 @@ class TreeProduct(torch.autograd.Function):
         if ctx.route is not None:
             both = ctx.route.combine(torch.cat([grad_x, grad_soft], dim=1))
             grad_x, grad_soft = both[:, : layer.in_features], both[:, layer.in_features :]
-        return None, None, grad_x.to(local_TQ.dtype), grad_soft.to(ctx.soft_dtype), None, *grads
+        return None, None, grad_x.to(ctx.dtype), grad_soft.to(ctx.soft_dtype), None, *grads
 
 
 def anchor(x_TQ: Tensor) -> Tensor:

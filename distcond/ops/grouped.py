@@ -1,29 +1,54 @@
 """Matrix products over contiguous groups of rows, each group with a matrix of its own.
 
-Legend: T rows (tokens), G groups, Q in, P out. `offsets` has G + 1 entries; group g is rows offsets[g] to offsets[g + 1].
+Legend: T rows (tokens), G groups, Q in, P out. `sizes` are the G lengths of the groups, one after the other.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 
-def add_grouped_product(out_TP: Tensor, x_TQ: Tensor, matrices: Sequence[Tensor | None], offsets: Sequence[int]) -> None:
+def add_grouped_product(out_TP: Tensor, x_TQ: Tensor, matrices: Sequence[Tensor | None], sizes: Sequence[int]) -> None:
     """Add x @ matrix to `out`, in place, group by group; the matrix of a group is [Q, P], None stands for zero."""
-    for matrix_QP, (low, high) in zip(matrices, pairwise(offsets), strict=True):
+    for matrix_QP, out, x in zip(matrices, out_TP.split(sizes), x_TQ.split(sizes), strict=True):
         if matrix_QP is not None:
-            out_TP[low:high].addmm_(x_TQ[low:high], matrix_QP)
+            out.addmm_(x, matrix_QP)
 
 
-def grouped_outer(out_GPQ: Tensor, left_TP: Tensor, right_TQ: Tensor, offsets: Sequence[int]) -> None:
+def add_to_groups(out_TP: Tensor, vectors: Sequence[Tensor | None], sizes: Sequence[int]) -> None:
+    """Add a vector [P] to all rows of each group, in place; None stands for zero."""
+    for vector_P, out in zip(vectors, out_TP.split(sizes), strict=True):
+        if vector_P is not None:
+            out += vector_P
+
+
+def grouped_product(
+    x_TQ: Tensor,
+    matrices: Sequence[Tensor | None],
+    width: int,
+    sizes: Sequence[int],
+    vectors: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """x @ matrix (+ vector) of each group, [T, width]; the matrix of a group is [Q, width], None stands for zero."""
+    out_TP = x_TQ.new_empty(len(x_TQ), width)
+    for group, (matrix_QP, out, x) in enumerate(zip(matrices, out_TP.split(sizes), x_TQ.split(sizes), strict=True)):
+        if matrix_QP is None:
+            out.zero_()
+        elif vectors is None:
+            torch.mm(x, matrix_QP, out=out)
+        else:
+            torch.addmm(vectors[group], x, matrix_QP, out=out)
+    return out_TP
+
+
+def grouped_outer(out_GPQ: Tensor, left_TP: Tensor, right_TQ: Tensor, sizes: Sequence[int]) -> None:
     """Write the sum of outer products of the rows of each group, left^T @ right, to `out`."""
-    for group, (low, high) in enumerate(pairwise(offsets)):
-        torch.mm(left_TP[low:high].t(), right_TQ[low:high], out=out_GPQ[group])
+    for out, left, right in zip(out_GPQ.unbind(), left_TP.split(sizes), right_TQ.split(sizes), strict=True):
+        torch.mm(left.t(), right, out=out)
 
 
-def grouped_sum(out_GP: Tensor, x_TP: Tensor, offsets: Sequence[int]) -> None:
+def grouped_sum(out_GP: Tensor, x_TP: Tensor, sizes: Sequence[int]) -> None:
     """Write the sum of the rows of each group to `out`."""
-    for group, (low, high) in enumerate(pairwise(offsets)):
-        torch.sum(x_TP[low:high], dim=0, out=out_GP[group])
+    for out, x in zip(out_GP.unbind(), x_TP.split(sizes), strict=True):
+        torch.sum(x, dim=0, out=out)

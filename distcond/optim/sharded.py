@@ -4,12 +4,12 @@ Rows of replicated nodes (above the plan's shard level) are summed over all rank
 that hold the same part of the tables. Every rank calls every collective equally often, whatever it was routed.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from distcond.nn.gates import Gate
 from distcond.nn.tree import TreeLinear
 from distcond.optim.row_adam import RowAdam
 from distcond.table import Collective, RowStore, SubtreePlan
@@ -17,12 +17,21 @@ from distcond.table import Collective, RowStore, SubtreePlan
 
 @dataclass(slots=True)
 class _Part:
-    """Rows of one store whose gradient has been summed: the ones that every rank holds, or this rank's own."""
+    """Touched rows of one store, in the order of their keys, and their gradient."""
 
+    layer: TreeLinear
+    kind: str
     store: RowStore
-    rows_G: Tensor
+    keys_G: Tensor
     grad_GW: Tensor
-    replicated: bool
+
+    def update(self, scale: float) -> tuple[RowStore, Tensor, Tensor]:
+        """What the optimiser asks for: store, rows, gradient. Rows that are new on this rank are born."""
+        missing_G = self.keys_G[self.store.find(self.keys_G) < 0]
+        if len(missing_G):
+            assert self.layer.table is not None
+            self.store.append(missing_G, self.layer.table.newborn(self.kind, missing_G))
+        return self.store, self.store.find(self.keys_G), self.grad_GW.mul_(scale)
 
 
 class ShardedRows:
@@ -45,6 +54,7 @@ class ShardedRows:
         self.world, self.expert, self.replica = world, expert, replica
         self.layers = [layer for layer in optimizer.layers if layer.table is not None]
         self._parts: list[_Part] = []
+        self._statistics: list[Tensor] = []
         for layer in optimizer.layers:
             layer.records_touched = False  # nodes that are parameters have the dense part's optimiser
             self._take_from_first_rank(layer)
@@ -73,51 +83,65 @@ class ShardedRows:
 
     @torch.no_grad()
     def reduce_gradients(self) -> Tensor:
-        """Turn what backward collected into mean gradients over ranks; returns their squared norm, float32 scalar."""
-        self._parts = [part for layer in self.layers for part in self._reduce_layer(layer)]
-        own = torch.zeros(1, dtype=torch.float64)
-        shared = torch.zeros(1, dtype=torch.float64)
+        """Turn what backward collected into mean gradients over ranks; returns their squared norm, float32 scalar.
+
+        Four collectives (three more for replicas), however many layers there are; they also pool the gates' statistics.
+        """
+        shared: list[_Part] = []
+        own: list[_Part] = []
+        for layer in self.layers:
+            assert layer.table is not None
+            for kind, store in layer.table.stores():
+                rows_G, grad_GW = store.take_gradient()
+                keys_G = store.keys[rows_G]
+                is_shared_G = layer.plan.node_owner(keys_G) < 0
+                for parts, mask_G in ((shared, is_shared_G), (own, ~is_shared_G)):
+                    parts.append(_Part(layer, kind, store, keys_G[mask_G], grad_GW[mask_G]))
+        self._sum_over(self.world, shared)
+        self._sum_over(self.replica, own)
+        self._parts = [*shared, *own]
         for part in self._parts:
-            (shared if part.replicated else own).add_(part.grad_GW.double().square().sum().cpu())
-        return (self.expert.sum_(own) + shared)[0].float()
+            part.grad_GW /= self.world.size
+        # Every replica counts its own rows, so that one sum over the world serves the norm and the statistics.
+        sums = [_square(own) / self.replica.size, *(gate.take_statistics().cpu() for gate in self._gates())]
+        norm, *self._statistics = self.world.sum_(torch.cat(sums)).split([len(part) for part in sums])
+        total: Tensor = norm + _square(shared)
+        return total[0].float()
 
-    def _reduce_layer(self, layer: TreeLinear) -> Iterator[_Part]:
-        assert layer.table is not None
-        for name, store in layer.table.stores():
-            rows_G, grad_GW = store.take_gradient()
-            replicated_G = layer.plan.node_owner(store.keys[rows_G]) < 0
-            for mask_G, group, replicated in ((replicated_G, self.world, True), (~replicated_G, self.replica, False)):
-                keys_G = store.keys[rows_G[mask_G]]
-                grad = grad_GW[mask_G]
-                if group.size > 1:
-                    keys_G, grad = self._sum_over(group, layer, name, keys_G, grad)
-                yield _Part(store, store.find(keys_G), grad / self.world.size, replicated)
+    def _sum_over(self, group: Collective, parts: list[_Part]) -> None:
+        """Make the gradient of each part its sum over a group, for the union of the keys."""
+        if group.size == 1 or not parts:
+            return
+        keys = group.gather_runs([part.keys_G for part in parts])
+        unions = [torch.unique(torch.cat(runs)) for runs in zip(*keys, strict=True)]
+        sizes = [len(union_G) * part.store.width for union_G, part in zip(unions, parts, strict=True)]
+        total = parts[0].grad_GW.new_zeros(sum(sizes))
+        for part, union_G, flat in zip(parts, unions, total.split(sizes), strict=True):
+            grad_GW = flat.view(-1, part.store.width)
+            grad_GW[torch.searchsorted(union_G, part.keys_G)] = part.grad_GW
+            part.keys_G, part.grad_GW = union_G, grad_GW
+        group.sum_(total)
 
-    def _sum_over(self, group: Collective, layer: TreeLinear, name: str, keys_G: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient summed over a group, for the union of its keys; rows that are new here are born."""
-        assert layer.table is not None
-        store = dict(layer.table.stores())[name]
-        union_G = group.gather_union(keys_G)
-        total = grad.new_zeros(len(union_G), store.width)
-        total[torch.searchsorted(union_G, keys_G)] = grad
-        missing_G = union_G[store.find(union_G) < 0]
-        if len(missing_G):
-            store.append(missing_G, layer.table.newborn(name, missing_G))
-        return union_G, group.sum_(total)
+    def _gates(self) -> list[Gate]:
+        return [layer.gate for layer in self.optimizer.layers if layer.gate is not None]
 
     @torch.no_grad()
     def step(self, lr: float, scale: float) -> None:
         """Apply the reduced gradient times `scale`, and commit the gates' statistics, pooled over all ranks."""
         self.optimizer.lr = lr
-        updates = [(part.store, part.rows_G, part.grad_GW * scale) for part in self._parts]
-        self._parts = []
-        self.optimizer.step_rows(updates)
-        for layer in self.optimizer.layers:
-            layer.commit_statistics(self.world)
+        self.optimizer.step_rows([part.update(scale) for part in self._parts])
+        for gate, statistics in zip(self._gates(), self._statistics, strict=True):
+            gate.commit(statistics)
+        self.discard()
 
     def discard(self) -> None:
-        """Forget the reduced gradient and the staged statistics of a step that is not applied."""
-        self._parts = []
-        for layer in self.optimizer.layers:
-            if layer.gate is not None:
-                layer.gate.take_statistics()
+        """Forget the reduced gradient and the pooled statistics, of a step that is not applied."""
+        self._parts, self._statistics = [], []
+
+
+def _square(parts: list[_Part]) -> Tensor:
+    """Squared norm of the gradients, float64 [1] on the CPU."""
+    total = torch.zeros(1, dtype=torch.float64)
+    for part in parts:
+        total += part.grad_GW.double().square().sum().cpu()
+    return total

@@ -65,15 +65,23 @@ class Collective:
 
     def gather_union(self, keys_G: Tensor) -> Tensor:
         """Sorted distinct int64 keys held by any rank."""
-        union_G: Tensor = torch.unique(keys_G)
+        union_G: Tensor = torch.unique(torch.cat([key for keys in self.gather_runs([keys_G]) for key in keys]))
+        return union_G
+
+    def gather_runs(self, runs: list[Tensor]) -> list[list[Tensor]]:
+        """Every rank's tensors of int64, rank by rank; lengths may differ between ranks, their number may not."""
         if self.size == 1:
-            return union_G
-        sizes = [torch.zeros(1, dtype=torch.int64, device=keys_G.device) for _ in range(self.size)]
-        self._library.all_gather(sizes, torch.tensor([len(keys_G)], device=keys_G.device), group=self._group)
-        longest = max(int(size) for size in sizes)
-        padded = torch.full((longest,), -1, dtype=torch.int64, device=keys_G.device)
-        padded[: len(keys_G)] = keys_G
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        self._library.all_gather(parts, padded, group=self._group)
-        union_G = torch.unique(torch.cat(parts))
-        return union_G[union_G >= 0]
+            return [runs]
+        start = time.perf_counter()
+        lengths = self._gather(torch.tensor([len(run) for run in runs], device=runs[0].device))
+        longest = max(int(length.sum()) for length in lengths)
+        padded = torch.nn.functional.pad(torch.cat(runs), (0, longest - sum(len(run) for run in runs)))
+        gathered = self._gather(padded)
+        self.elapsed_s += time.perf_counter() - start
+        return [list(part[: int(length.sum())].split(length.tolist())) for part, length in zip(gathered, lengths, strict=True)]
+
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
+        """A tensor of one shape from every rank."""
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        self._library.all_gather(parts, tensor, group=self._group)
+        return parts

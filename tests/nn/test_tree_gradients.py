@@ -81,10 +81,31 @@ def test_straight_through_gradient_is_that_of_its_formula(gate: str, storage: st
 
 @pytest.mark.parametrize("options", SHAPES)
 @pytest.mark.parametrize("storage", ["dense", "lazy"])
+def test_sampled_gradient_takes_the_levels_in_turn_and_is_straight_through_on_average(
+    storage: str, options: dict[str, Any]
+) -> None:
+    grads: dict[str, list[tuple[Tensor, Tensor]]] = {"straight_through": [], "sampled": []}
+    for gate_gradient, found in grads.items():
+        layer = random_tree(4, storage=storage, gate_gradient=gate_gradient, **options).eval()  # which keeps the thresholds
+        assert layer.gate is not None
+        for commits in range(4):
+            layer.gate.num_commits.fill_(commits)
+            x, layer.gate.weight.grad = tokens(12).requires_grad_(), None
+            layer(x).square().sum().backward()
+            assert x.grad is not None
+            found.append((x.grad, layer.gate.weight.grad))
+    learning = [planes.abs().amax(1) > 0 for _, planes in grads["sampled"]]
+    assert torch.stack(learning).sum(0).tolist() == torch.stack(learning).sum(1).tolist() == [1, 1, 1, 1]
+    for full, sampled in zip(zip(*grads["straight_through"], strict=True), zip(*grads["sampled"], strict=True), strict=True):
+        torch.testing.assert_close(torch.stack(sampled).mean(0), full[0], **EXACT)
+
+
+@pytest.mark.parametrize("options", SHAPES)
+@pytest.mark.parametrize("storage", ["dense", "lazy"])
 def test_nodes_learn_the_same_whether_or_not_the_gates_do(storage: str, options: dict[str, Any]) -> None:
     """The factor of the surrogate is 1: it changes no gradient but that of the gates."""
     grads = []
-    for gate_gradient in ("straight_through", "none"):
+    for gate_gradient in ("straight_through", "sampled", "none"):
         layer = random_tree(3, storage=storage, gate_gradient=gate_gradient, **options)
         layer(tokens(12)).square().sum().backward()
         if layer.table is not None:
@@ -92,8 +113,8 @@ def test_nodes_learn_the_same_whether_or_not_the_gates_do(storage: str, options:
         else:
             grads.append([value.grad for name, value in layer.named_parameters() if not name.startswith("gate.")])
     assert grads[0]
-    for one, other in zip(*grads, strict=True):
-        assert torch.equal(one, other)
+    for one, *others in zip(*grads, strict=True):
+        assert all(torch.equal(one, other) for other in others)
 
 
 @pytest.mark.parametrize("options", SHAPES)

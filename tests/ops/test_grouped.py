@@ -2,9 +2,9 @@
 
 import torch
 
-from distcond.ops.grouped import add_grouped_product, grouped_outer, grouped_sum
+from distcond.ops.grouped import add_grouped_product, add_to_groups, grouped_outer, grouped_product, grouped_sum
 
-OFFSETS = [0, 3, 3, 4, 9]  # one group is empty, one has a single row
+SIZES = [3, 0, 1, 5]  # one group is empty, one has a single row
 EXACT = {"rtol": 0, "atol": 1e-13}  # float64; sums of at most 9 products of numbers near 1
 
 
@@ -13,22 +13,33 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def group_of(row: int) -> int:
-    return next(group for group in range(len(OFFSETS) - 1) if OFFSETS[group] <= row < OFFSETS[group + 1])
+    return [group for group, size in enumerate(SIZES) for _ in range(size)][row]
 
 
 def test_each_row_is_multiplied_by_the_matrix_of_its_group() -> None:
     x, out, matrices = random(9, 5), random(9, 2, seed=1), random(4, 5, 2, seed=2)
     expected = torch.stack([out[row] + x[row] @ matrices[group_of(row)] for row in range(9)])
-    add_grouped_product(out, x, list(matrices), OFFSETS)
+    add_grouped_product(out, x, list(matrices), SIZES)
     torch.testing.assert_close(out, expected, **EXACT)
 
 
 def test_a_missing_matrix_adds_nothing() -> None:
     x, matrices = random(9, 5), list(random(4, 5, 2, seed=2))
     out, without = random(9, 2, seed=1), random(9, 2, seed=1)
-    add_grouped_product(out, x, [None, *matrices[1:]], OFFSETS)
-    add_grouped_product(without, x, [torch.zeros(5, 2, dtype=torch.float64), *matrices[1:]], OFFSETS)
+    add_grouped_product(out, x, [None, *matrices[1:]], SIZES)
+    add_grouped_product(without, x, [torch.zeros(5, 2, dtype=torch.float64), *matrices[1:]], SIZES)
     assert torch.equal(out, without)
+
+
+def test_a_product_is_written_with_its_vector_and_zeros_for_a_missing_matrix() -> None:
+    x, matrices, vectors = random(9, 5), random(4, 5, 2, seed=2), random(4, 2, seed=3)
+    expected = torch.stack([x[row] @ matrices[group_of(row)] for row in range(9)])
+    torch.testing.assert_close(grouped_product(x, list(matrices), 2, SIZES), expected, **EXACT)
+    with_vectors = grouped_product(x, list(matrices), 2, SIZES, list(vectors))
+    add_to_groups(expected, list(vectors), SIZES)
+    torch.testing.assert_close(with_vectors, expected, **EXACT)
+    torch.testing.assert_close(expected[3] - x[3] @ matrices[2], vectors[2], **EXACT)
+    assert not grouped_product(x, [*matrices[:3], None], 2, SIZES)[4:].any()
 
 
 def test_outer_products_and_sums_overwrite_with_those_of_the_group_and_with_zeros_for_an_empty_one() -> None:
@@ -38,7 +49,7 @@ def test_outer_products_and_sums_overwrite_with_those_of_the_group_and_with_zero
         outer[group_of(row)] += left[row][:, None] * right[row]
         total[group_of(row)] += left[row]
     got_outer, got_total = torch.full_like(outer, torch.nan), torch.full_like(total, torch.nan)
-    grouped_outer(got_outer, left, right, OFFSETS)
-    grouped_sum(got_total, left, OFFSETS)
+    grouped_outer(got_outer, left, right, SIZES)
+    grouped_sum(got_total, left, SIZES)
     torch.testing.assert_close(got_outer, outer, **EXACT)
     torch.testing.assert_close(got_total, total, **EXACT)

@@ -1,12 +1,13 @@
 """distcond.ops: the path of sorted tokens, and forward and backward against a loop over single tokens in float64."""
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-from distcond.ops import NodeTensors, TreePath, tree_backward, tree_forward
+from distcond.ops import NodeTensors, Schedule, TreePath, tree_backward, tree_forward
 
 # float64; sums of at most (depth + 1) x in_features <= 60 products of numbers of size 1 to 10.
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -36,7 +37,7 @@ def test_path_is_the_distinct_prefixes_of_sorted_tokens(depth: int, tokens: int)
         node_of = [2**number - 1 + (value >> (depth - number)) for value in leaf.tolist()]
         nodes = level.nodes_G.tolist()
         assert nodes == sorted(set(node_of))
-        runs = [path.order_T[low:high].tolist() for low, high in zip(level.offsets, level.offsets[1:], strict=False)]
+        runs = [run.tolist() for run in path.order_T.split(level.sizes)]
         assert [[node_of[token] for token in run] for run in runs] == [[node] * node_of.count(node) for node in nodes]
         if number:
             assert [above[parent] for parent in level.parent_G.tolist()] == [(node - 1) // 2 for node in nodes]
@@ -126,7 +127,7 @@ def naive(case: Case, nodes: NodeTensors, x: Tensor, multiplier_TK: Tensor) -> T
 
 
 SHAPES = [
-    (0, 0), (1, 1), (1, 0), (3, 3), (3, 2), (3, 0), (6, 2), (12, 12), (12, 4),
+    (0, 0), (1, 1), (1, 0), (3, 3), (3, 2), (3, 0), (6, 2), (9, 9), (12, 4),
 ]  # fmt: skip
 DETAILS = [
     {},
@@ -137,14 +138,23 @@ DETAILS = [
 ]
 
 
+def schedules(case: Case) -> list[Schedule]:
+    """Every way of computing the levels, the one that would be chosen among them."""
+    depth, full = len(case.path.levels) - 1, case.full_depth
+    ways = [Schedule(full, merged, gathered) for merged in range(full + 1) for gathered in range(full + 1, depth + 2)]
+    assert Schedule.of(case.path, full) in ways
+    return ways
+
+
 @pytest.mark.parametrize("missing", [0.0, 0.5])
 @pytest.mark.parametrize("details", DETAILS)
 @pytest.mark.parametrize(("depth", "full_depth"), SHAPES)
 def test_forward_is_the_sum_along_each_tokens_path(depth: int, full_depth: int, details: dict, missing: float) -> None:
     case = make_case(depth, full_depth, missing=missing, **details)
-    y = tree_forward(case.x, case.path, case.rows, case.nodes, full_depth)
     expected = naive(case, case.nodes, case.x, torch.ones(len(case.x), depth, dtype=torch.float64))
-    torch.testing.assert_close(y, expected, **EXACT)
+    for schedule in schedules(case):
+        y, _ = tree_forward(case.x, case.path, case.rows, case.nodes, schedule)
+        torch.testing.assert_close(y, expected, **EXACT)
 
 
 def test_forward_before_any_low_rank_row_exists_is_the_full_part_alone() -> None:
@@ -152,8 +162,19 @@ def test_forward_before_any_low_rank_row_exists_is_the_full_part_alone() -> None
     bare = NodeTensors(*case.nodes[:2], *(tensor[:0] for tensor in case.nodes[2:]))
     rows = [*case.rows[:2], *(torch.full_like(row, -1) for row in case.rows[2:])]
     missing = Case(case.x, case.leaf, case.path, rows, bare, 1, case.rank)
-    y = tree_forward(case.x, case.path, rows, bare, 1)
-    torch.testing.assert_close(y, naive(missing, bare, case.x, torch.ones(11, 4, dtype=torch.float64)), **EXACT)
+    expected = naive(missing, bare, case.x, torch.ones(11, 4, dtype=torch.float64))
+    for schedule in schedules(case):
+        y, _ = tree_forward(case.x, case.path, rows, bare, schedule)
+        torch.testing.assert_close(y, expected, **EXACT)
+
+
+def test_levels_are_merged_while_nodes_have_many_tokens_and_copied_where_they_have_few() -> None:
+    uniform = TreePath.of(torch.arange(2**10), 10)
+    assert Schedule.of(uniform, 10) == Schedule(full_depth=10, merged=6, gathered=11)  # 2**6 nodes of 16 tokens
+    assert Schedule.of(uniform, 3) == Schedule(full_depth=3, merged=3, gathered=9)  # 2**8 nodes of 4 tokens, 2**9 of 2
+    one_leaf = TreePath.of(torch.full((1024,), 77), 10)
+    assert Schedule.of(one_leaf, 4) == Schedule(full_depth=4, merged=4, gathered=11)
+    assert Schedule.of(TreePath.of(torch.tensor([77]), 10), 4) == Schedule(full_depth=4, merged=0, gathered=5)
 
 
 def assert_rows_hold(got: tuple[Tensor, ...], rows: list[Tensor], expected: tuple[Tensor, ...]) -> None:
@@ -173,10 +194,14 @@ def test_backward_is_the_gradient_of_the_sum(depth: int, full_depth: int, detail
     grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     linked = sum(tensor.sum() for tensor in (x, multiplier, *nodes))
     wanted = torch.autograd.grad((y * grad_y).sum() + 0 * linked, (x, multiplier, *nodes))
-    out = NodeTensors(*(torch.full_like(tensor, torch.nan) for tensor in case.nodes))  # every number must be written
-    grad_x, grad_levels = tree_backward(case.x, grad_y, case.path, case.rows, case.nodes, full_depth, out)
-    torch.testing.assert_close(grad_x, wanted[0], **EXACT)
-    torch.testing.assert_close(grad_levels, wanted[1], **EXACT)
-    assert_rows_hold(out[:2], case.rows[: full_depth + 1], wanted[2:4])
-    if full_depth < depth:
-        assert_rows_hold(out[2:], case.rows[full_depth + 1 :], wanted[4:])
+    for schedule, gate_levels in itertools.product(schedules(case), (range(1, depth + 1), range(depth, 0, -2), ())):
+        out = NodeTensors(*(torch.full_like(tensor, torch.nan) for tensor in case.nodes))  # every number must be written
+        _, merged = tree_forward(case.x, case.path, case.rows, case.nodes, schedule)
+        backward = (case.x, grad_y, case.path, case.rows, case.nodes, schedule, merged, gate_levels, out)
+        grad_x, grad_levels = tree_backward(*backward)
+        torch.testing.assert_close(grad_x, wanted[0], **EXACT)
+        mask = torch.tensor([float(level in gate_levels) for level in range(1, depth + 1)], dtype=torch.float64)
+        torch.testing.assert_close(grad_levels, wanted[1] * mask, **EXACT)
+        assert_rows_hold(out[:2], case.rows[: full_depth + 1], wanted[2:4])
+        if full_depth < depth:
+            assert_rows_hold(out[2:], case.rows[full_depth + 1 :], wanted[4:])

@@ -1,0 +1,93 @@
+"""What the tree product works on: nodes as matrices, tokens sorted by leaf, and how each level is to be computed.
+
+Legend: T tokens, Q in, P out, K depth, r rank, G nodes touched on a level, S rows stored.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TOKENS_PER_MERGED_NODE = 16
+"""Mean tokens a node from which on its matrix is added to its parents' and multiplied once.
+
+A merge moves three matrices; what it saves are two products of each token, and cores do some 30 to 60 multiplications in
+the time that memory takes to move a number three times.
+"""
+TOKENS_PER_GROUPED_NODE = 3
+"""Mean tokens a low-rank node from which on it is called by itself, some 10 us, rather than copied for every token."""
+
+
+class NodeTensors(NamedTuple):
+    """Nodes of both kinds; a row index means the same in all tensors of its kind. A low-rank weight is left^T @ right."""
+
+    weight_SPQ: Tensor
+    bias_SP: Tensor
+    right_SrQ: Tensor
+    left_SxP: Tensor
+    "x = r, or r + 1 where nodes have a bias: the last row, as if a hidden unit were always 1."
+
+
+@dataclass(slots=True)
+class Level:
+    """The nodes of one level that tokens visit, in the order of the sorted tokens."""
+
+    nodes_G: Tensor
+    "int64, heap order: 2**level - 1 + prefix, ascending."
+    parent_G: Tensor
+    "int64, index of each node's parent among the nodes of the level above."
+    sizes: list[int]
+    "Tokens of each node: lengths of the runs of sorted tokens."
+
+    def per_token(self, values_G: Tensor) -> Tensor:
+        """A value of each node as one of each sorted token, [T]."""
+        return torch.repeat_interleave(values_G, torch.tensor(self.sizes, dtype=torch.int64, device=values_G.device))
+
+
+@dataclass(slots=True)
+class TreePath:
+    """Tokens sorted by leaf, and the nodes they pass on every level."""
+
+    order_T: Tensor
+    "int64, sorted position -> token."
+    levels: list[Level]
+    "K + 1 levels, the root first."
+
+    @classmethod
+    def of(cls, leaf_T: Tensor, depth: int) -> "TreePath":
+        """Path of int64 leaf indices in [0, 2**depth)."""
+        sorted_T, order_T = torch.sort(leaf_T, stable=True)
+        prefix_G, counts_G = torch.unique_consecutive(sorted_T, return_counts=True)
+        levels: list[Level] = []
+        for level in range(depth, -1, -1):
+            up_G, parent_G, up_sizes = torch.unique_consecutive(prefix_G >> 1, return_inverse=True, return_counts=True)
+            levels.append(Level(nodes_G=prefix_G + (2**level - 1), parent_G=parent_G, sizes=counts_G.tolist()))
+            counts_G = torch.zeros_like(up_sizes).index_add_(0, parent_G, counts_G)
+            prefix_G = up_G
+        return cls(order_T=order_T, levels=levels[::-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How each level is computed; the result is the same but for rounding. Levels 0 <= merged <= full_depth < gathered."""
+
+    full_depth: int
+    "Deepest level of full matrices."
+    merged: int
+    "Levels up to this one are added into one matrix a node, for one product of each token."
+    gathered: int
+    "Levels from this one on copy their nodes for each token; those between are computed node by node."
+
+    @classmethod
+    def of(cls, path: TreePath, full_depth: int) -> "Schedule":
+        """The fastest for these tokens."""
+        tokens, depth = len(path.order_T), len(path.levels) - 1
+        touched = [len(level.nodes_G) for level in path.levels]
+        merged = 0
+        while merged < full_depth and tokens >= TOKENS_PER_MERGED_NODE * touched[merged + 1]:
+            merged += 1
+        gathered = full_depth + 1
+        while gathered <= depth and tokens >= TOKENS_PER_GROUPED_NODE * touched[gathered]:
+            gathered += 1
+        return cls(full_depth, merged, gathered)

@@ -1,0 +1,78 @@
+"""A tensor that grows by rows in place, for tables whose size nobody knows beforehand."""
+
+import mmap
+import sys
+from math import prod
+
+import torch
+from torch import Tensor
+
+RESERVED_BYTES = 2**35
+"Address space reserved at first, 32 GiB; what outgrows it moves to a place twice its size."
+GROWTH = 1.25
+"Capacity over size where address space cannot be reserved."
+MAP_NORESERVE = 0x4000
+"As Linux has it; Python names it from 3.13 on."
+
+
+class Growing:
+    """Rows of one shape, [size, *shape]; new ones are zeros.
+
+    On a CPU under Linux, address space is reserved and memory taken page by page as rows are written: growth copies nothing
+    and holds nothing spare. Elsewhere, and where the system refuses, it moves to a place a quarter larger.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None) -> None:
+        self._shape = shape
+        self._map: mmap.mmap | None = None
+        self._buffer = self.tensor = torch.zeros(0, *shape, dtype=dtype, device=device)
+        self._capacity = 0
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Growing":
+        """A copy of a tensor that can grow."""
+        growing = cls(tuple(tensor.shape[1:]), tensor.dtype, tensor.device)
+        growing.resize(len(tensor))
+        growing.tensor.copy_(tensor)
+        return growing
+
+    def resize(self, size: int) -> None:
+        """Grow to this many rows. `tensor` is another object afterwards, over the same rows."""
+        row_numbers = prod(self._shape)
+        if size > self._capacity and row_numbers:
+            self._move(size, row_numbers)
+        if self._map is None:
+            self.tensor = self._buffer[:size] if row_numbers else self.tensor.new_zeros(size, *self._shape)
+        else:  # NOTE: not a view of all that is reserved, which torch.save would write
+            flat = torch.frombuffer(self._map, dtype=self.tensor.dtype, count=size * row_numbers)
+            self.tensor = flat.view(size, *self._shape)
+
+    def _move(self, size: int, row_numbers: int) -> None:
+        old, row_bytes = self.tensor, row_numbers * self.tensor.element_size()
+        self._map = _reserve(max(RESERVED_BYTES, 2 * size * row_bytes)) if old.device.type == "cpu" else None
+        if self._map is None:
+            self._capacity = int(GROWTH * size) + 1
+            self._buffer = old.new_zeros(self._capacity, *self._shape)
+            self._buffer[: len(old)] = old
+        else:
+            self._capacity = len(self._map) // row_bytes
+            if len(old):
+                torch.frombuffer(self._map, dtype=old.dtype, count=old.numel()).copy_(old.flatten())
+
+    def __getstate__(self) -> Tensor:
+        return self.tensor
+
+    def __setstate__(self, tensor: Tensor) -> None:
+        self.__init__(tuple(tensor.shape[1:]), tensor.dtype, tensor.device)  # type: ignore[misc]
+        self.resize(len(tensor))
+        self.tensor.copy_(tensor)
+
+
+def _reserve(size: int) -> mmap.mmap | None:
+    """Zeros that take memory once they are written; None where there is no such thing."""
+    if sys.platform != "linux":
+        return None
+    try:
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    except OSError:  # a limit on address space
+        return None

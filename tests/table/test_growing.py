@@ -1,0 +1,103 @@
+"""Growing tensors and key indices: what they hold, what they cost."""
+
+import copy
+import io
+import itertools
+import pickle
+
+import psutil
+import pytest
+import torch
+
+from distcond.table import growing
+from distcond.table.growing import Growing
+from distcond.table.key_index import SMALL, KeyIndex
+
+
+@pytest.fixture(params=["address space reserved", "moved"])
+def reserves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    if request.param == "moved":
+        monkeypatch.setattr(growing, "_reserve", lambda size: None)
+    return bool(request.param != "moved")
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (0,)])
+def test_rows_stay_and_new_ones_are_zeros(reserves: bool, shape: tuple[int, ...]) -> None:
+    rows = Growing(shape, torch.float32)
+    for size in (0, 1, 5, 5, 40):
+        before = rows.tensor.clone()
+        rows.resize(size)
+        assert rows.tensor.shape == (size, *shape)
+        assert torch.equal(rows.tensor[: len(before)], before) and not rows.tensor[len(before) :].any()
+        rows.tensor.fill_(7.0)
+
+
+def test_growth_moves_nothing_or_by_a_quarter(reserves: bool) -> None:
+    rows = Growing((3,), torch.float32)
+    places = []
+    for size in range(1, 501):
+        rows.resize(size)
+        places.append(rows.tensor.data_ptr())
+        if reserves:
+            assert rows.tensor.untyped_storage().nbytes() == size * 12  # what torch.save would write
+        assert rows.tensor.untyped_storage().nbytes() <= 12 * (1.25 * size + 1)
+    moves = sum(one != other for one, other in itertools.pairwise(places))
+    assert moves == 0 if reserves else moves <= 30  # log 500 / log 1.25 = 28
+
+
+def test_what_outgrows_its_place_moves_with_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growing, "RESERVED_BYTES", 4096)
+    rows = Growing((4,), torch.float32)
+    for size in (200, 300, 3000):
+        rows.resize(size)
+        rows.tensor[-1] = size
+    assert rows.tensor[[199, 299, 2999], 0].tolist() == [200, 300, 3000]
+
+
+def test_memory_is_taken_by_rows_that_are_written() -> None:
+    process, width = psutil.Process(), 2**10
+    rows = Growing((width,), torch.float32)
+    before = process.memory_info().rss
+    for size in range(2**10, 2**14 + 1, 2**10):
+        rows.resize(size)
+        rows.tensor[-(2**10) :] = 1.0
+    taken = process.memory_info().rss - before
+    assert 0.9 * rows.tensor.nbytes < taken < 1.1 * rows.tensor.nbytes
+
+
+def test_copies_are_whole_and_can_grow(reserves: bool) -> None:
+    rows = Growing.of(torch.arange(6.0).view(3, 2))
+    saved = io.BytesIO()
+    torch.save(rows.tensor, saved)
+    assert saved.tell() < 4096
+    for other in (copy.deepcopy(rows), pickle.loads(pickle.dumps(rows))):
+        other.resize(4)
+        other.tensor[0] = 9.0
+        assert other.tensor.tolist() == [[9.0, 9.0], [2.0, 3.0], [4.0, 5.0], [0.0, 0.0]]
+    assert rows.tensor.tolist() == [[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]
+
+
+@pytest.mark.parametrize("batch", [1, 700, 5000])
+def test_an_index_is_a_dictionary(batch: int) -> None:
+    generator = torch.Generator().manual_seed(batch)
+    keys = torch.randperm(30_000, generator=generator)[: 20 * batch] * 2**46
+    places = torch.randperm(len(keys), generator=generator)
+    index, known = KeyIndex(), dict[int, int]()
+    assert index.find(keys[:3]).tolist() == [-1, -1, -1]
+    for some_keys, some_places in zip(keys.split(batch), places.split(batch), strict=True):
+        index.insert(some_keys, some_places)
+        known |= dict(zip(some_keys.tolist(), some_places.tolist(), strict=True))
+        asked = torch.cat([keys[:50], some_keys[:50], some_keys[:50] + 1])
+        assert index.find(asked).tolist() == [known.get(key, -1) for key in asked.tolist()]
+
+
+def test_an_index_moves_a_key_a_logarithmic_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    sorted_keys = []
+    sort = torch.sort
+    monkeypatch.setattr(torch, "sort", lambda keys: sorted_keys.append(len(keys)) or sort(keys))
+    index, batch, number = KeyIndex(), SMALL, 200
+    for start in range(0, number * batch, batch):
+        keys = torch.arange(start, start + batch)
+        index.insert(keys, keys)
+    assert sum(sorted_keys) < 10 * number * batch  # log2(200) = 8; each run at least doubles
+    assert index.find(torch.tensor([0, number * batch - 1, number * batch])).tolist() == [0, number * batch - 1, -1]
