@@ -56,11 +56,11 @@ class OptimConfig:
 class TrainConfig:
     """Length and rhythm of a run."""
 
-    max_steps: int = 750
+    max_steps: int = 850
     "Optimiser steps; >= 1."
     log_every: int = 10
     "Steps between rows of training metrics; >= 1."
-    eval_every: int = 200
+    eval_every: int = 300
     "Steps between validations; >= 1. The last step is always validated."
     profile: bool = False
     "Write a torch profiler trace of steps 5 to 9 into RUN/logs/profile."
@@ -77,7 +77,7 @@ class TrainConfig:
 class CheckpointConfig:
     """When the state of a run is written."""
 
-    every: int = 200
+    every: int = 300
     "Steps between checkpoints; >= 1. The last step is always saved."
     keep_last: int = 2
     "Checkpoints kept; >= 1."
