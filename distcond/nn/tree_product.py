@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from distcond.ops import Merged, NodeTensors, Schedule, TreePath, tree_backward, tree_forward
+from distcond.ops import NodeTensors, Schedule, TreePath, tree_backward, tree_forward
 from distcond.table import Collective, NodeTable, Route, SubtreePlan
 
 
@@ -56,9 +56,9 @@ class TreeProduct(torch.autograd.Function):
         path = TreePath.of(leaf_T, layer.depth)
         nodes = layer.node_tensors(parameters)
         rows = _rows(layer, path, born=False)
-        schedule = Schedule.of(path, layer.full_depth)
-        y_TP, merged = tree_forward(local_TQ.to(nodes.weight_SPQ.dtype), path, rows, nodes, schedule)
-        ctx.save_for_backward(local_TQ, *merged, *parameters)
+        schedule = Schedule.of(path, layer.full_depth, nodes)
+        y_TP = tree_forward(local_TQ.to(nodes.weight_SPQ.dtype), path, rows, nodes, schedule)
+        ctx.save_for_backward(local_TQ, *parameters)
         ctx.layer, ctx.path, ctx.schedule, ctx.route = layer, path, schedule, route
         ctx.dtype, ctx.soft_dtype = x_TQ.dtype, soft_TK.dtype
         ctx.statistics, ctx.gate_levels = statistics, layer.gate_levels()
@@ -70,7 +70,7 @@ class TreeProduct(torch.autograd.Function):
         """Gradients to rows, soft bits and parameters; those of a table are collected by the table."""
         layer: TreeNodes = ctx.layer
         path: TreePath = ctx.path
-        local_TQ, weight_GPQ, bias_GP, *parameters = ctx.saved_tensors
+        local_TQ, *parameters = ctx.saved_tensors
         grad_TP = grad_TP.contiguous() if ctx.route is None else ctx.route.dispatch(grad_TP)
         rows = _rows(layer, path, born=True)
         nodes = layer.node_tensors(tuple(parameters))
@@ -79,9 +79,8 @@ class TreeProduct(torch.autograd.Function):
         full_GW, low_GW = (part.to(dtype) for part in layer.layout.new_gradient(levels))
         out = layer.layout.as_matrices(full_GW, low_GW)
         with torch.autocast(grad_TP.device.type, enabled=False):
-            merged = Merged(weight_GPQ, bias_GP)
             local_TQ, grad_TP = local_TQ.to(dtype), grad_TP.to(dtype)
-            grad_x, grad_soft = tree_backward(local_TQ, grad_TP, path, rows, nodes, ctx.schedule, merged, ctx.gate_levels, out)
+            grad_x, grad_soft = tree_backward(local_TQ, grad_TP, path, rows, nodes, ctx.schedule, ctx.gate_levels, out)
         layer.note_backward(path, ctx.statistics)
         grads: tuple[Tensor | None, ...] = (None,)
         if layer.table is not None:

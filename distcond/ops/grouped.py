@@ -23,22 +23,14 @@ def add_to_groups(out_TP: Tensor, vectors: Sequence[Tensor | None], sizes: Seque
             out += vector_P
 
 
-def grouped_product(
-    x_TQ: Tensor,
-    matrices: Sequence[Tensor | None],
-    width: int,
-    sizes: Sequence[int],
-    vectors: Sequence[Tensor] | None = None,
-) -> Tensor:
-    """x @ matrix (+ vector) of each group, [T, width]; the matrix of a group is [Q, width], None stands for zero."""
+def grouped_product(x_TQ: Tensor, matrices: Sequence[Tensor | None], width: int, sizes: Sequence[int]) -> Tensor:
+    """x @ matrix of each group, [T, width]; the matrix of a group is [Q, width], None stands for zero."""
     out_TP = x_TQ.new_empty(len(x_TQ), width)
-    for group, (matrix_QP, out, x) in enumerate(zip(matrices, out_TP.split(sizes), x_TQ.split(sizes), strict=True)):
+    for matrix_QP, out, x in zip(matrices, out_TP.split(sizes), x_TQ.split(sizes), strict=True):
         if matrix_QP is None:
             out.zero_()
-        elif vectors is None:
-            torch.mm(x, matrix_QP, out=out)
         else:
-            torch.addmm(vectors[group], x, matrix_QP, out=out)
+            torch.mm(x, matrix_QP, out=out)
     return out_TP
 
 
@@ -46,9 +38,3 @@ def grouped_outer(out_GPQ: Tensor, left_TP: Tensor, right_TQ: Tensor, sizes: Seq
     """Write the sum of outer products of the rows of each group, left^T @ right, to `out`."""
     for out, left, right in zip(out_GPQ.unbind(), left_TP.split(sizes), right_TQ.split(sizes), strict=True):
         torch.mm(left.t(), right, out=out)
-
-
-def grouped_sum(out_GP: Tensor, x_TP: Tensor, sizes: Sequence[int]) -> None:
-    """Write the sum of the rows of each group to `out`."""
-    for out, x in zip(out_GP.unbind(), x_TP.split(sizes), strict=True):
-        torch.sum(x, dim=0, out=out)

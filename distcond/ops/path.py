@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TOKENS_PER_MERGED_NODE = 16
-"""Mean tokens a node from which on its matrix is added to its parents' and multiplied once.
+TOKENS_PER_MERGED_NODE = 8
+"""Mean tokens a node from which on its matrix is added to its ancestors' and multiplied once.
 
-A merge moves three matrices; what it saves are two products of each token, and cores do some 30 to 60 multiplications in
-the time that memory takes to move a number three times.
-"""
-TOKENS_PER_GROUPED_NODE = 3
-"""Mean tokens a low-rank node from which on it is called by itself, some 10 us, rather than copied for every token."""
+Adding it, once forward and once backward, spares two products of each of its tokens; both read it from memory once."""
+GROUPED_NODE_S = 30e-6
+"Forward and backward of a low-rank node on its own: a dozen calls."
+GATHERED_TOKEN_S, GATHERED_NUMBER_S = 2e-6, 2.6e-9
+"Forward and backward of one token with a copy of a low-rank node, and of each number of that."
 
 
 class NodeTensors(NamedTuple):
@@ -51,6 +51,8 @@ class TreePath:
 
     order_T: Tensor
     "int64, sorted position -> token."
+    place_T: Tensor
+    "int64, token -> sorted position."
     levels: list[Level]
     "K + 1 levels, the root first."
 
@@ -65,7 +67,8 @@ class TreePath:
             levels.append(Level(nodes_G=prefix_G + (2**level - 1), parent_G=parent_G, sizes=counts_G.tolist()))
             counts_G = torch.zeros_like(up_sizes).index_add_(0, parent_G, counts_G)
             prefix_G = up_G
-        return cls(order_T=order_T, levels=levels[::-1])
+        place_T = torch.empty_like(order_T).index_copy_(0, order_T, torch.arange(len(order_T), device=order_T.device))
+        return cls(order_T, place_T, levels[::-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +83,21 @@ class Schedule:
     "Levels from this one on copy their nodes for each token; those between are computed node by node."
 
     @classmethod
-    def of(cls, path: TreePath, full_depth: int) -> "Schedule":
-        """The fastest for these tokens."""
+    def of(cls, path: TreePath, full_depth: int, nodes: NodeTensors) -> "Schedule":
+        """The fastest for these tokens, by figures of one core of 2 to 3 GHz; it depends on shapes alone, not on clocks."""
         tokens, depth = len(path.order_T), len(path.levels) - 1
         touched = [len(level.nodes_G) for level in path.levels]
         merged = 0
         while merged < full_depth and tokens >= TOKENS_PER_MERGED_NODE * touched[merged + 1]:
             merged += 1
+        numbers = nodes.right_SrQ.shape[1:].numel() + nodes.left_SxP.shape[1:].numel()
+        copies_s = tokens * (GATHERED_TOKEN_S + GATHERED_NUMBER_S * numbers)
         gathered = full_depth + 1
-        while gathered <= depth and tokens >= TOKENS_PER_GROUPED_NODE * touched[gathered]:
+        while gathered <= depth and touched[gathered] * GROUPED_NODE_S <= copies_s:
             gathered += 1
         return cls(full_depth, merged, gathered)
+
+
+def pick(tensor_S: Tensor, rows_G: Tensor) -> list[Tensor | None]:
+    """Views of single rows, None where the row is -1."""
+    return [None if row < 0 else tensor_S[row] for row in rows_G.tolist()]

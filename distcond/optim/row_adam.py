@@ -9,12 +9,15 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from distcond.nn.tree import TreeLinear
 from distcond.table import RowStore
 
-BLOCK_NUMBERS = 2**16
-"Numbers updated at a time; a block and its moments stay in a 2 MiB cache."
+WIDE_ROW = 2**13
+"Numbers in a row from which on it is updated by itself: about 1 us of traffic, less than a call costs, lies below."
+BLOCK_NUMBERS = 2**17
+"Numbers of narrower rows that are updated at a time; some MiB with moments."
 
 
 def add_state(store: RowStore) -> None:
@@ -104,29 +107,72 @@ class RowAdam:
             self._update(parameter.data, state, rows_G, parameter.grad[rows_G])
 
     def _update(self, data_S: Tensor, state: dict[str, Tensor], rows_G: Tensor, grad_G: Tensor) -> None:
-        """Adam on some rows of a tensor and of its state, in place, in blocks that stay in the cache."""
-        block = max(1, BLOCK_NUMBERS // max(1, grad_G[:1].numel()))
-        for rows_B, grad_B in zip(rows_G.split(block), grad_G.split(block), strict=True):
-            if len(rows_B):
-                self._update_block(data_S, state, rows_B, grad_B)
-
-    def _update_block(self, data_S: Tensor, state: dict[str, Tensor], rows_B: Tensor, grad_B: Tensor) -> None:
-        beta1, beta2 = self.betas
-        per_row = (-1, *[1] * (grad_B.dim() - 1))
-        clock_B = state["clock"][rows_B] + 1
-        data_B, exp_avg, exp_avg_sq = (x.index_select(0, rows_B) for x in (data_S, state["exp_avg"], state["exp_avg_sq"]))
-        exp_avg.lerp_(grad_B, 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(grad_B, grad_B, value=1 - beta2)
-        correction1 = (1 - beta1 ** clock_B.double()).to(grad_B.dtype).view(per_row)
-        correction2 = (1 - beta2 ** clock_B.double()).sqrt().to(grad_B.dtype).view(per_row)
+        """Adam on some rows of a tensor and of its state, in place."""
+        if not len(rows_G):
+            return
+        clock_G = state["clock"].index_select(0, rows_G)
         if self.weight_decay:
-            missed_B = (self.log_decay - state["log_decay"][rows_B]).exp().to(grad_B.dtype)
-            data_B *= missed_B.view(per_row)
-        denominator = exp_avg_sq.sqrt().div_(correction2).add_(self.eps).mul_(correction1)
-        data_B.addcdiv_(exp_avg, denominator, value=-self.lr)
-        for tensor_S, value_B in ((data_S, data_B), (state["exp_avg"], exp_avg), (state["exp_avg_sq"], exp_avg_sq)):
-            tensor_S.index_copy_(0, rows_B, value_B)
-        state["clock"][rows_B], state["log_decay"][rows_B] = clock_B, self.log_decay
+            missed_G = (self.log_decay - state["log_decay"].index_select(0, rows_G)).exp()
+            state["log_decay"].index_fill_(0, rows_G, self.log_decay)
+        else:
+            missed_G = None
+        update = self._update_rows if grad_G[0].numel() >= WIDE_ROW else self._update_blocks
+        update(data_S, state, rows_G, grad_G, clock_G, missed_G)
+        state["clock"].index_copy_(0, rows_G, clock_G + 1)
+
+    def _update_rows(
+        self, data_S: Tensor, state: dict[str, Tensor], rows_G: Tensor, grad_G: Tensor, clock_G: Tensor, missed_G: Tensor | None
+    ) -> None:
+        """Wide rows: torch's fused Adam on each where it is, one pass over memory."""
+        rows = rows_G.tolist()
+        data, exp_avg, exp_avg_sq = ([tensor[row] for row in rows] for tensor in (data_S, state["exp_avg"], state["exp_avg_sq"]))
+        if missed_G is not None:
+            torch._foreach_mul_(data, missed_G.tolist())
+        beta1, beta2 = self.betas
+        adam(
+            data,
+            list(grad_G.unbind()),
+            exp_avg,
+            exp_avg_sq,
+            [],
+            list(clock_G.to(torch.float32).unbind()),
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=self.lr,
+            weight_decay=0.0,
+            eps=self.eps,
+            maximize=False,
+        )
+
+    def _update_blocks(
+        self, data_S: Tensor, state: dict[str, Tensor], rows_G: Tensor, grad_G: Tensor, clock_G: Tensor, missed_G: Tensor | None
+    ) -> None:
+        """Narrow rows: copied together in blocks, which stay in the cache from the first operation to the last."""
+        beta1, beta2 = self.betas
+        per_row = (-1, *[1] * (grad_G.dim() - 1))
+        correction1 = 1 - beta1 ** (clock_G + 1).double()
+        correction2 = (1 - beta2 ** (clock_G + 1).double()).sqrt()
+        # m / c1 / (sqrt(v) / c2 + eps) with the corrections on one side: one pass less
+        ratio_G = (correction1 / correction2).to(grad_G.dtype).view(per_row)
+        offset_G = (self.eps * correction1).to(grad_G.dtype).view(per_row)
+        size = max(1, BLOCK_NUMBERS // max(1, grad_G[0].numel()))
+        data, exp_avg, exp_avg_sq = (grad_G.new_empty(min(size, len(rows_G)), *grad_G.shape[1:]) for _ in range(3))
+        for low in range(0, len(rows_G), size):
+            part = slice(low, low + size)
+            rows_B, grad_B = rows_G[part], grad_G[part]
+            data_B, avg_B, square_B = (x[: len(rows_B)] for x in (data, exp_avg, exp_avg_sq))
+            torch.index_select(state["exp_avg"], 0, rows_B, out=avg_B)
+            state["exp_avg"].index_copy_(0, rows_B, avg_B.lerp_(grad_B, 1 - beta1))
+            torch.index_select(state["exp_avg_sq"], 0, rows_B, out=square_B)
+            square_B.mul_(beta2).addcmul_(grad_B, grad_B, value=1 - beta2)
+            state["exp_avg_sq"].index_copy_(0, rows_B, square_B)
+            square_B.sqrt_().mul_(ratio_G[part]).add_(offset_G[part])
+            torch.index_select(data_S, 0, rows_B, out=data_B)
+            if missed_G is not None:
+                data_B *= missed_G[part].to(grad_G.dtype).view(per_row)
+            data_S.index_copy_(0, rows_B, data_B.addcdiv_(avg_B, square_B, value=-self.lr))
 
 
 def _node_parameters(layer: TreeLinear) -> tuple[Tensor, ...]:

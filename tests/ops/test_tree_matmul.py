@@ -31,6 +31,7 @@ def test_path_is_the_distinct_prefixes_of_sorted_tokens(depth: int, tokens: int)
         leaf[0], leaf[1] = 2**depth - 1, 0  # both ends of the tree
     path = TreePath.of(leaf, depth)
     assert sorted(path.order_T.tolist()) == list(range(tokens))
+    assert torch.equal(path.order_T[path.place_T], torch.arange(tokens))
     assert len(path.levels) == depth + 1
     above: list[int] = [0]
     for number, level in enumerate(path.levels):
@@ -142,7 +143,7 @@ def schedules(case: Case) -> list[Schedule]:
     """Every way of computing the levels, the one that would be chosen among them."""
     depth, full = len(case.path.levels) - 1, case.full_depth
     ways = [Schedule(full, merged, gathered) for merged in range(full + 1) for gathered in range(full + 1, depth + 2)]
-    assert Schedule.of(case.path, full) in ways
+    assert Schedule.of(case.path, full, case.nodes) in ways
     return ways
 
 
@@ -153,7 +154,7 @@ def test_forward_is_the_sum_along_each_tokens_path(depth: int, full_depth: int, 
     case = make_case(depth, full_depth, missing=missing, **details)
     expected = naive(case, case.nodes, case.x, torch.ones(len(case.x), depth, dtype=torch.float64))
     for schedule in schedules(case):
-        y, _ = tree_forward(case.x, case.path, case.rows, case.nodes, schedule)
+        y = tree_forward(case.x, case.path, case.rows, case.nodes, schedule)
         torch.testing.assert_close(y, expected, **EXACT)
 
 
@@ -164,17 +165,21 @@ def test_forward_before_any_low_rank_row_exists_is_the_full_part_alone() -> None
     missing = Case(case.x, case.leaf, case.path, rows, bare, 1, case.rank)
     expected = naive(missing, bare, case.x, torch.ones(11, 4, dtype=torch.float64))
     for schedule in schedules(case):
-        y, _ = tree_forward(case.x, case.path, rows, bare, schedule)
+        y = tree_forward(case.x, case.path, rows, bare, schedule)
         torch.testing.assert_close(y, expected, **EXACT)
 
 
 def test_levels_are_merged_while_nodes_have_many_tokens_and_copied_where_they_have_few() -> None:
+    small, large = (NodeTensors(*(torch.zeros(0, *shape) for shape in shapes)) for shapes in (
+        ((64, 64), (64,), (1, 64), (2, 64)), ((512, 512), (512,), (8, 512), (9, 512)),
+    ))  # fmt: skip
     uniform = TreePath.of(torch.arange(2**10), 10)
-    assert Schedule.of(uniform, 10) == Schedule(full_depth=10, merged=6, gathered=11)  # 2**6 nodes of 16 tokens
-    assert Schedule.of(uniform, 3) == Schedule(full_depth=3, merged=3, gathered=9)  # 2**8 nodes of 4 tokens, 2**9 of 2
+    assert Schedule.of(uniform, 10, small) == Schedule(full_depth=10, merged=7, gathered=11)  # 2**7 nodes of 8 tokens
+    assert Schedule.of(uniform, 3, small) == Schedule(full_depth=3, merged=3, gathered=7)  # 192 numbers: 2.5 us a copy
+    assert Schedule.of(uniform, 3, large) == Schedule(full_depth=3, merged=3, gathered=10)  # 8,704 numbers: 25 us
     one_leaf = TreePath.of(torch.full((1024,), 77), 10)
-    assert Schedule.of(one_leaf, 4) == Schedule(full_depth=4, merged=4, gathered=11)
-    assert Schedule.of(TreePath.of(torch.tensor([77]), 10), 4) == Schedule(full_depth=4, merged=0, gathered=5)
+    assert Schedule.of(one_leaf, 4, small) == Schedule(full_depth=4, merged=4, gathered=11)
+    assert Schedule.of(TreePath.of(torch.tensor([77]), 10), 4, small) == Schedule(full_depth=4, merged=0, gathered=5)
 
 
 def assert_rows_hold(got: tuple[Tensor, ...], rows: list[Tensor], expected: tuple[Tensor, ...]) -> None:
@@ -196,8 +201,7 @@ def test_backward_is_the_gradient_of_the_sum(depth: int, full_depth: int, detail
     wanted = torch.autograd.grad((y * grad_y).sum() + 0 * linked, (x, multiplier, *nodes))
     for schedule, gate_levels in itertools.product(schedules(case), (range(1, depth + 1), range(depth, 0, -2), ())):
         out = NodeTensors(*(torch.full_like(tensor, torch.nan) for tensor in case.nodes))  # every number must be written
-        _, merged = tree_forward(case.x, case.path, case.rows, case.nodes, schedule)
-        backward = (case.x, grad_y, case.path, case.rows, case.nodes, schedule, merged, gate_levels, out)
+        backward = (case.x, grad_y, case.path, case.rows, case.nodes, schedule, gate_levels, out)
         grad_x, grad_levels = tree_backward(*backward)
         torch.testing.assert_close(grad_x, wanted[0], **EXACT)
         mask = torch.tensor([float(level in gate_levels) for level in range(1, depth + 1)], dtype=torch.float64)
