@@ -21,6 +21,8 @@ from distcond import __version__
 from distcond.config import Config
 from distcond.errors import ConfigError, RunError, UserError
 
+BENCHES = ("tree", "table")
+
 # NOTE: torch, Ray and Hydra are imported inside the verbs that need them, once the line has been understood:
 # that is what keeps `distcond --help` and the refusal of a mistake below a second.
 
@@ -30,6 +32,7 @@ HELP = f"""distcond {__version__}: models that choose their weights and their am
   distcond sweep    [overrides]        search         distcond sweep sweep=depth_x_penalty train.max_steps=50
   distcond submit   train|sweep [...]  run elsewhere  distcond submit train cluster=ray cluster.num_workers=8
   distcond evaluate RUN [--step N]     measure a run  distcond evaluate runs/first
+  distcond bench    tree|table [...]   time layers    distcond bench table --json table.json
 
 Overrides are group=option or key=value. `distcond train --help` lists the groups, their options and every key.
 
@@ -142,11 +145,32 @@ def _evaluate(argv: list[str]) -> int:
     return 0
 
 
+def _bench(argv: list[str]) -> int:
+    parser = _Parser(
+        prog="distcond bench", description="Time layers and tables beside this machine's limits.", allow_abbrev=False
+    )
+    parser.add_argument("what", choices=BENCHES, help="tree: layers; table: rows and their optimiser")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
+    parser.add_argument("--quick", action="store_true", help="a few small cases, to see that it works")
+    args = parser.parse_args(argv)
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise RunError(f"--json {args.json}: {args.json.parent} is not a folder; create it first.")
+    _configure_logging()
+    from distcond import bench
+
+    rows = list(bench.BENCHES[args.what](args.quick))
+    if args.json is not None:
+        bench.save(args.json, rows)
+    print(bench.show(rows))
+    return 0
+
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "sweep": _sweep,
     "submit": _submit,
     "evaluate": _evaluate,
+    "bench": _bench,
 }
 
 
@@ -258,7 +282,11 @@ def _fixed_words(done: list[str], word: str) -> list[str] | None:
         return ["--step"] if word.startswith("-") else []
     if word.startswith("-"):
         common = ["--config", "--config-dir", "--help"]
+        if done[0] == "bench":
+            return ["--json", "--quick", "--help"]
         return {"train": ["--dry-run", "--cfg", "--info", "--hydra-help"], "submit": ["--dry-run"]}.get(done[0], []) + common
+    if done == ["bench"]:
+        return list(BENCHES)
     if done == ["submit"]:
         return ["train", "sweep"]
     return None

@@ -194,7 +194,9 @@ def test_tab_completes_in_a_real_bash(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("distcond ", "train sweep submit evaluate"),
+        ("distcond ", "train sweep submit evaluate bench"),
+        ("distcond bench ", "tree table"),
+        ("distcond bench tree --", "--json --quick --help"),
         ("distcond train model=", "model=rnn model=transformer"),
         ("distcond submit sweep model.tree.de", "model.tree.depth="),
         ("distcond submit ", "train sweep"),

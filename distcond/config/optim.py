@@ -56,7 +56,7 @@ class OptimConfig:
 class TrainConfig:
     """Length and rhythm of a run."""
 
-    max_steps: int = 850
+    max_steps: int = 900
     "Optimiser steps; >= 1."
     log_every: int = 10
     "Steps between rows of training metrics; >= 1."

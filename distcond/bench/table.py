@@ -1,0 +1,71 @@
+"""Node tables: the row optimiser against its memory traffic, and a step against the size of the table."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from distcond.bench.report import Row
+from distcond.bench.timing import time_beside_limits, time_in_turn
+from distcond.optim.row_adam import RowAdam, add_state
+from distcond.table import RowStore
+
+ROWS = [(1_000, 4096), (1_000, 65_536), (10_000, 1024), (100_000, 256)]
+"Touched rows, numbers in each."
+QUICK_ROWS = [(1_000, 256)]
+SIZES, QUICK_SIZES, TOUCHED, WIDTH = (2**12, 2**16, 2**20), (2**8, 2**12), 512, 513
+"Nodes in a table, of which `TOUCHED` are touched a step, `WIDTH` numbers each."
+NEW = 8
+"Of these nodes, so many are new."
+PASSES = 7
+"What Adam cannot do without: read weight, gradient and two moments, write three."
+
+
+def bench_table(quick: bool = False) -> Iterator[Row]:
+    """Milliseconds of an update of touched rows, and of a step on tables that differ in size alone."""
+    for touched, width in QUICK_ROWS if quick else ROWS:
+        times, machine = time_beside_limits({"update": _update(touched, width)})
+        floor = machine.floor_ms(0.0, PASSES * 4.0 * touched * width)
+        yield _row("update", 2 * touched, touched, width, times["update"].median, floor, "floor")
+    sizes = QUICK_SIZES if quick else SIZES
+    times = time_in_turn({str(size): _step(size) for size in sizes})
+    for size in sizes:
+        yield _row("step", size, TOUCHED, WIDTH, times[str(size)].median, times[str(sizes[0])].median, f"{sizes[0]:,} nodes")
+
+
+def _row(what: str, nodes: int, touched: int, width: int, time: float, other: float, name: str) -> Row:
+    sizes = {"nodes": nodes, "touched": touched, "numbers a node": width}
+    return {"what": what, **sizes, "ms": time, "against": name, "its ms": other, "ratio": time / other}
+
+
+def _store(size: int, width: int) -> RowStore:
+    store = RowStore(width)
+    for keys in torch.arange(size).split(2**14):
+        store.append(keys, torch.zeros(len(keys), width))
+    add_state(store)
+    for value in store.state.values():
+        value.fill_(1)  # takes the memory
+    return store
+
+
+def _update(touched: int, width: int) -> Callable[[], None]:
+    torch.manual_seed(0)
+    store, optimizer = _store(2 * touched, width), RowAdam(nn.Module())
+    rows, grad = torch.randperm(2 * touched)[:touched].sort().values, torch.randn(touched, width)
+    return lambda: optimizer.step_rows([(store, rows, grad)])
+
+
+def _step(size: int) -> Callable[[], None]:
+    """Look up, add new nodes, collect a gradient, update."""
+    torch.manual_seed(0)
+    store, optimizer, grad = _store(size, WIDTH), RowAdam(nn.Module()), torch.randn(TOUCHED, WIDTH)
+
+    def step() -> None:
+        keys = torch.randint(store.size, (TOUCHED - NEW,)).unique()
+        keys = torch.cat([keys, torch.arange(store.size, store.size + TOUCHED - len(keys))])
+        new = keys[store.find(keys) < 0]
+        store.append(new, torch.zeros(len(new), WIDTH))
+        store.add_gradient(store.find(keys), grad)
+        optimizer.step_rows([(store, *store.take_gradient())])
+
+    return step

@@ -1,0 +1,69 @@
+"""Clocks: functions timed in turn, so that whatever else the machine does falls on all of them; and the machine's limits."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+REPEATS = 7
+GEMM_SIZE = 1024
+COPY_NUMBERS = 2**25
+"fp32 numbers of the copy that bandwidth is measured with: 128 MiB, more than caches hold."
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Milliseconds of one function: median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What bounds any layer here: fp32 matrix products, and memory, as a copy sees it: read and write counted."""
+
+    flops_per_s: float
+    bytes_per_s: float
+
+    def floor_ms(self, flops: float, traffic: float) -> float:
+        """Least time for this many operations and bytes of memory traffic."""
+        return 1e3 * max(flops / self.flops_per_s, traffic / self.bytes_per_s)
+
+
+def time_in_turn(functions: Mapping[str, Callable[[], object]], repeats: int = REPEATS) -> dict[str, Timing]:
+    """Time each function `repeats` times, one after the other, after one call that is not counted."""
+    for function in functions.values():
+        function()
+    taken: dict[str, list[float]] = {name: [] for name in functions}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(repeats):
+            for name, function in functions.items():
+                start = time.perf_counter()
+                function()
+                taken[name].append(1e3 * (time.perf_counter() - start))
+    finally:
+        gc.enable()
+    return {name: _timing(milliseconds) for name, milliseconds in taken.items()}
+
+
+def time_beside_limits(functions: Mapping[str, Callable[[], object]]) -> tuple[dict[str, Timing], Machine]:
+    """`time_in_turn`, and what the machine could do meanwhile: a square product and a copy, timed in the same rounds."""
+    left, right = torch.randn(GEMM_SIZE, GEMM_SIZE), torch.randn(GEMM_SIZE, GEMM_SIZE)
+    product, source = torch.empty_like(left), torch.ones(COPY_NUMBERS)
+    target = torch.zeros_like(source)
+    limits = {"a product": lambda: torch.mm(left, right, out=product), "a copy": lambda: target.copy_(source)}
+    times = time_in_turn({**functions, **limits})
+    product_s, copy_s = (1e-3 * times.pop(name).median for name in limits)
+    return times, Machine(2 * GEMM_SIZE**3 / product_s, 2 * source.nbytes / copy_s)
+
+
+def _timing(milliseconds: list[float]) -> Timing:
+    low, median, high = statistics.quantiles(milliseconds, n=4)
+    return Timing(median, low, high)
