@@ -55,11 +55,11 @@ class TreeProduct(torch.autograd.Function):
         local_TQ, leaf_T = (x_TQ, leaf_T) if route is None else route.dispatch_with_leaf(x_TQ, leaf_T)
         path = TreePath.of(leaf_T, layer.depth)
         nodes = layer.node_tensors(parameters)
-        rows = _rows(layer, path, born=False)
+        rows = _rows(layer, path)
         schedule = Schedule.of(path, layer.full_depth, nodes)
         y_TP = tree_forward(local_TQ.to(nodes.weight_SPQ.dtype), path, rows, nodes, schedule)
         ctx.save_for_backward(local_TQ, *parameters)
-        ctx.layer, ctx.path, ctx.schedule, ctx.route = layer, path, schedule, route
+        ctx.layer, ctx.path, ctx.rows, ctx.schedule, ctx.route = layer, path, rows, schedule, route
         ctx.dtype, ctx.soft_dtype = x_TQ.dtype, soft_TK.dtype
         ctx.statistics, ctx.gate_levels = statistics, layer.gate_levels()
         y_TP = y_TP.to(x_TQ.dtype)
@@ -72,10 +72,11 @@ class TreeProduct(torch.autograd.Function):
         path: TreePath = ctx.path
         local_TQ, *parameters = ctx.saved_tensors
         grad_TP = grad_TP.contiguous() if ctx.route is None else ctx.route.dispatch(grad_TP)
-        rows = _rows(layer, path, born=True)
+        levels, rows = [level.nodes_G for level in path.levels], ctx.rows
+        if layer.table is not None and any(bool((rows_G < 0).any()) for rows_G in rows):
+            rows = layer.table.ensure(levels)
         nodes = layer.node_tensors(tuple(parameters))
         dtype = nodes.weight_SPQ.dtype
-        levels = [level.nodes_G for level in path.levels]
         full_GW, low_GW = (part.to(dtype) for part in layer.layout.new_gradient(levels))
         out = layer.layout.as_matrices(full_GW, low_GW)
         with torch.autocast(grad_TP.device.type, enabled=False):
@@ -84,7 +85,7 @@ class TreeProduct(torch.autograd.Function):
         layer.note_backward(path, ctx.statistics)
         grads: tuple[Tensor | None, ...] = (None,)
         if layer.table is not None:
-            layer.table.add_gradient(levels, full_GW, low_GW)
+            layer.table.add_gradient(rows, full_GW, low_GW)
         else:
             grads = _dense_gradients(layer, parameters, rows, out)
         if ctx.route is not None:
@@ -98,13 +99,13 @@ def anchor(x_TQ: Tensor) -> Tensor:
     return torch.zeros((), device=x_TQ.device).requires_grad_(torch.is_grad_enabled())
 
 
-def _rows(layer: TreeNodes, path: TreePath, *, born: bool) -> list[Tensor]:
-    """Stored row of each node on the path, per level; `born`: nodes that do not exist come to life."""
+def _rows(layer: TreeNodes, path: TreePath) -> list[Tensor]:
+    """Stored row of each node on the path, per level; -1 where it does not exist."""
     levels = [level.nodes_G for level in path.levels]
     if layer.table is None:
         first_low = 2 ** (layer.full_depth + 1) - 1
         return [nodes_G - (first_low if number > layer.full_depth else 0) for number, nodes_G in enumerate(levels)]
-    return layer.table.ensure(levels) if born else layer.table.find(levels)
+    return layer.table.find(levels)
 
 
 def _dense_gradients(layer: TreeNodes, parameters: list[Tensor], rows: list[Tensor], out: NodeTensors) -> tuple[Tensor, ...]:

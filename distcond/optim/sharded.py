@@ -96,7 +96,8 @@ class ShardedRows:
                 keys_G = store.keys[rows_G]
                 is_shared_G = layer.plan.node_owner(keys_G) < 0
                 for parts, mask_G in ((shared, is_shared_G), (own, ~is_shared_G)):
-                    parts.append(_Part(layer, kind, store, keys_G[mask_G], grad_GW[mask_G]))
+                    is_all = bool(mask_G.all())  # and nothing is copied
+                    parts.append(_Part(layer, kind, store, *(x if is_all else x[mask_G] for x in (keys_G, grad_GW))))
         self._sum_over(self.world, shared)
         self._sum_over(self.replica, own)
         self._parts = [*shared, *own]

@@ -57,7 +57,11 @@ class NodeTable:
 
     def find(self, levels: Sequence[Tensor]) -> list[Tensor]:
         """Row of each node, per level, root first; -1 where it does not exist."""
-        return [self._store(level).find(nodes_G) for level, nodes_G in enumerate(levels)]
+        rows: list[Tensor] = []
+        for part, store in ((levels[: self.full_depth + 1], self.full), (levels[self.full_depth + 1 :], self.low)):
+            if part:
+                rows += store.find(torch.cat(list(part))).split([len(nodes_G) for nodes_G in part])
+        return rows
 
     def ensure(self, levels: Sequence[Tensor]) -> list[Tensor]:
         """Row of each node, per level; nodes that do not exist are born."""
@@ -79,19 +83,14 @@ class NodeTable:
         return rows_GW
 
     def new_gradient(self, levels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Uninitialised flat gradient rows for the nodes of the given levels: full ones, low-rank ones."""
+        """Uninitialised flat gradient rows for the nodes of the given levels: full ones, low-rank ones (`RowStore`)."""
         num_full = sum(len(nodes_G) for nodes_G in levels[: self.full_depth + 1])
         num_low = sum(len(nodes_G) for nodes_G in levels) - num_full
-        data = self.full.data
-        return data.new_empty(num_full, self.full.width), data.new_empty(num_low, self.low.width)
+        return self.full.new_gradient(num_full), self.low.new_gradient(num_low)
 
-    def add_gradient(self, levels: Sequence[Tensor], full_GW: Tensor, low_GW: Tensor) -> None:
-        """Collect the gradient of nodes that exist, laid out as by `new_gradient`."""
-        rows = self.find(levels)
+    def add_gradient(self, rows: list[Tensor], full_GW: Tensor, low_GW: Tensor) -> None:
+        """Collect the gradient of nodes that exist, given their rows per level, laid out as by `new_gradient`."""
         first_low = self.full_depth + 1
         self.full.add_gradient(torch.cat(rows[:first_low]), full_GW)
         if rows[first_low:]:
             self.low.add_gradient(torch.cat(rows[first_low:]), low_GW)
-
-    def _store(self, level: int) -> RowStore:
-        return self.full if level <= self.full_depth else self.low

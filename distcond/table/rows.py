@@ -1,6 +1,6 @@
 """Rows by node id: a growing matrix whose row i belongs to node `keys[i]`, with columns of optimiser state beside it."""
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class RowStore:
         self._state: dict[str, Growing] = {}
         self._index = KeyIndex()
         self._pending: list[tuple[Tensor, Tensor]] = []
+        self._spare = self.data
 
     @property
     def size(self) -> int:
@@ -89,6 +90,18 @@ class RowStore:
         """Keep only the rows where the mask is true, in their order."""
         self.replace(self.keys[mask_N], self.data[mask_N], {name: value[mask_N] for name, value in self.state.items()})
 
+    def new_gradient(self, number: int) -> Tensor:
+        """Uninitialised rows for a gradient, [number, width].
+
+        The first ones after `take_gradient` are the same memory at every step, for to take memory anew from the system costs
+        more than to write it: what was taken holds until the next backward pass.
+        """
+        if self._pending:
+            return self.data.new_empty(number, self.width)
+        if len(self._spare) < number or self._spare.dtype != self.data.dtype or self._spare.device != self.data.device:
+            self._spare = self.data.new_empty(number, self.width)
+        return self._spare[:number]
+
     def add_gradient(self, rows_G: Tensor, grad_GW: Tensor) -> None:
         """Add to the gradient of rows (distinct within one call, in the order of their keys)."""
         self._pending.append((rows_G, grad_GW))
@@ -104,6 +117,9 @@ class RowStore:
         grad_GW = self.data.new_zeros(len(keys_G), self.width)
         grad_GW.index_add_(0, index, torch.cat([grad for _, grad in pending]))
         return self.find(keys_G), grad_GW
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_spare": self.data[:0].clone()}
 
     def move(self, device: torch.device, dtype: torch.dtype) -> Self:
         """Move to a device and floating-point type, in place."""

@@ -71,7 +71,7 @@ def test_a_gradient_reaches_the_rows_of_its_nodes() -> None:
     assert full.shape == (3, table.full.width) and low.shape == (4, table.low.width)
     full.copy_(torch.arange(3.0)[:, None].expand_as(full))
     low.copy_(torch.arange(4.0)[:, None].expand_as(low))
-    table.add_gradient(LEVELS, full, low)
+    table.add_gradient(table.find(LEVELS), full, low)
     for store, nodes in ((table.full, [0, 1, 2]), (table.low, [4, 5, 9, 12])):
         rows, grad = store.take_gradient()
         assert store.keys[rows].tolist() == nodes and grad[:, 0].tolist() == [float(place) for place in range(len(nodes))]

@@ -1,5 +1,7 @@
 """RowStore against a dictionary: rows keep place, numbers and optimiser state whatever comes after them."""
 
+import pickle
+
 import pytest
 import torch
 from torch import Tensor
@@ -110,3 +112,24 @@ def test_moving_to_float64_moves_numbers_and_leaves_keys_and_clocks_whole() -> N
     assert store.data.dtype == store.state["moment"].dtype == torch.float64
     assert store.keys.dtype == store.state["clock"].dtype == torch.int64
     assert torch.equal(store.find(KEYS), torch.arange(5)) and torch.equal(store.data, rows_for(KEYS).double())
+
+
+def test_the_first_gradient_of_a_step_is_in_the_same_memory_and_others_are_in_their_own() -> None:
+    store = filled()
+    places = []
+    for _ in range(3):
+        first, second = store.new_gradient(2), None
+        first.fill_(1.0)
+        store.add_gradient(torch.tensor([1, 0]), first)
+        second = store.new_gradient(2)
+        second.fill_(2.0)
+        store.add_gradient(torch.tensor([1, 0]), second)
+        assert second.data_ptr() != first.data_ptr()
+        places.append(first.data_ptr())
+        rows, grad = store.take_gradient()
+        assert sorted(rows.tolist()) == [0, 1] and bool((grad == 3.0).all())
+    assert len(set(places)) == 1
+    store.move(torch.device("cpu"), torch.float64)
+    assert store.new_gradient(2).dtype == torch.float64
+    assert store.new_gradient(9).shape == (9, WIDTH)
+    assert len(pickle.dumps(store)) < 4096  # without the memory of gradients
