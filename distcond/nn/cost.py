@@ -5,7 +5,7 @@ Legend: P out, Q in, K depth, F full_depth, r rank.
 
 from dataclasses import dataclass
 
-from distcond.config import CellName, ModelConfig, ModelName, TreeConfig
+from distcond.config import CellName, GateGradient, GateName, ModelConfig, ModelName, TreeConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,8 @@ def model_cost(config: ModelConfig, *, input_size: int, output_size: int, length
         tree = tree_cost(input_size + 1 + width, outputs, config.tree)
         dense = output_size * (width + 1)
         per_step, per_position = tree.macs, output_size * width
-    gates = tree.gate_parameters if config.tree.gate == "linear" else 0
+    gates_learn = config.tree.gate == GateName.linear and config.tree.gate_gradient != GateGradient.none
+    gates = tree.gate_parameters if gates_learn else 0
     in_table = config.tree.depth > 0 and config.tree.storage == "lazy"
     return ModelCost(
         dense_parameters=dense + gates + halting + (0 if in_table else tree.node_parameters),

@@ -19,19 +19,20 @@ class Gate(nn.Module):
     backward passes stage a sum, and `commit` folds the pooled mean in once per applied step. Everything here is
     computed in fp32 at least, whatever the precision of the model: a bit is a sign, and ranks must agree on it.
 
-    kind: "linear", learned units; "hash", fixed random hyperplanes (the control).
+    kind: "linear", learned units; "hash", fixed random hyperplanes (the control). learns: whether linear units are
+    parameters; those that no gradient reaches are none, or weight decay would shrink them.
     """
 
     running_mean: Tensor
     num_commits: Tensor
     weight: Tensor
 
-    def __init__(self, in_features: int, num_bits: int, kind: str) -> None:
+    def __init__(self, in_features: int, num_bits: int, kind: str, *, learns: bool = True) -> None:
         super().__init__()
         if kind not in ("linear", "hash"):
             raise ValueError(f"gate={kind!r} is unknown; use 'linear' or 'hash'")
         weight_KQ = torch.randn(num_bits, in_features) / in_features**0.5
-        if kind == "linear":
+        if kind == "linear" and learns:
             self.weight = nn.Parameter(weight_KQ)
         else:
             self.register_buffer("weight", weight_KQ)

@@ -64,7 +64,7 @@ class TreeLinear(nn.Module):
         self.full_depth, self.rank = full_depth, rank or 1
         self.gate_gradient, self.storage, self.has_bias = gate_gradient, storage, bias
         root = nn.Linear(in_features, out_features, bias=bias)
-        self.gate = Gate(in_features, depth, gate) if depth else None
+        self.gate = Gate(in_features, depth, gate, learns=gate_gradient != "none") if depth else None
         self.register_buffer("seed", torch.randint(2**31, ()))
         self.plan = SubtreePlan.make(depth, 1)
         self.collective: Collective | None = None

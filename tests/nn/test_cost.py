@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distcond.config import CellName, GateName, HaltingConfig, HaltingKind, ModelConfig, ModelName, Storage, TreeConfig
+from distcond.config import (
+    CellName,
+    GateGradient,
+    GateName,
+    HaltingConfig,
+    HaltingKind,
+    ModelConfig,
+    ModelName,
+    Storage,
+    TreeConfig,
+)
 from distcond.nn import TreeLinear
 from distcond.nn.cost import model_cost, tree_cost
 from distcond.nn.model import Learner, build_learner
@@ -17,6 +27,7 @@ TREES: list[dict[str, Any]] = [
     {"depth": 3, "full_depth": 1, "rank": 2},
     {"depth": 3, "full_depth": 0, "rank": 1},
     {"depth": 3, "gate": GateName.hash},
+    {"depth": 3, "gate_gradient": GateGradient.none},
 ]
 MODELS: list[dict[str, Any]] = [
     {"name": ModelName.transformer, "width": 8, "heads": 2, "feed_forward": 20},
