@@ -4,9 +4,6 @@ Exit status: 0 done; 1 failed while running; 2 the user's mistake, told in one l
 """
 
 import argparse
-import contextlib
-import io
-import itertools
 import logging
 import os
 import sys
@@ -18,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from distcond import __version__
+from distcond.completion import complete
 from distcond.config import Config
 from distcond.errors import ConfigError, RunError, UserError
 
@@ -82,7 +80,7 @@ def _dispatch(argv: list[str]) -> int:
         print(f"distcond {__version__}")
         return 0
     if argv[0] in {"-sc", "--shell-completion"}:
-        return _shell_completion(argv[1:])
+        return complete(argv[1:], VERBS, BENCHES)
     if argv[0] not in VERBS:
         meant = get_close_matches(argv[0], VERBS, n=1) or [f"train {argv[0]}"]
         raise ConfigError(f"{argv[0]!r} is none of {', '.join(VERBS)}; did you mean distcond {meant[0]}?")
@@ -250,46 +248,6 @@ def _print_table(metrics: dict[str, Any]) -> None:
     width = max(map(len, metrics), default=0)
     for name, value in metrics.items():
         print(f"{name:<{width}}  {f'{value:.6g}' if isinstance(value, float) else value}")
-
-
-def _shell_completion(argv: list[str]) -> int:
-    """Hydra completes overrides; what stands in front of them and begins with a dash is completed here."""
-    from distcond import compose
-
-    if not any(word.startswith("query=") for word in argv):
-        return compose.hydra_main(["-sc", *argv])
-    words = os.environ.get("COMP_LINE", "").split()[1:]
-    if os.environ.get("COMP_LINE", "").endswith(" "):
-        words.append("")
-    *done, word = words or [""]
-    fixed = _fixed_words(done, word)
-    if fixed is not None:
-        print(" ".join(fixed))
-        return 0
-    folders = [word_after for flag, word_after in itertools.pairwise(done) if flag in {"--config-dir", "-cd"}]
-    overrides = [before for before in done if "=" in before and before not in folders]
-    os.environ["COMP_LINE"] = " ".join(["distcond", *overrides, word])
-    with contextlib.redirect_stderr(io.StringIO()):  # a half-typed line is no error
-        compose.hydra_main(["-sc", *argv, *(["--config-dir", folders[-1]] if folders else [])])
-    return 0
-
-
-def _fixed_words(done: list[str], word: str) -> list[str] | None:
-    """What may stand at this place, if it is not an override; an empty list leaves it to the shell: a path."""
-    if not done:
-        return list(VERBS)
-    if done[0] == "evaluate" or done[-1] in {"--config", "--config-dir", "-cd"}:
-        return ["--step"] if word.startswith("-") else []
-    if word.startswith("-"):
-        common = ["--config", "--config-dir", "--help"]
-        if done[0] == "bench":
-            return ["--json", "--quick", "--help"]
-        return {"train": ["--dry-run", "--cfg", "--info", "--hydra-help"], "submit": ["--dry-run"]}.get(done[0], []) + common
-    if done == ["bench"]:
-        return list(BENCHES)
-    if done == ["submit"]:
-        return ["train", "sweep"]
-    return None
 
 
 def _configure_logging() -> None:

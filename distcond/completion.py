@@ -1,0 +1,48 @@
+"""TAB completion: Hydra completes overrides; what stands in front of them and begins with a dash is completed here."""
+
+import contextlib
+import io
+import itertools
+import os
+import sys
+from collections.abc import Iterable
+
+
+def complete(argv: list[str], verbs: Iterable[str], benches: Iterable[str]) -> int:
+    """Print what may follow the line in COMP_LINE; returns the exit status. argv: as Hydra's script calls it."""
+    from distcond import compose
+
+    if not any(word.startswith("query=") for word in argv):
+        return compose.hydra_main(["-sc", *argv])
+    words = os.environ.get("COMP_LINE", "").split()[1:]
+    if os.environ.get("COMP_LINE", "").endswith(" "):
+        words.append("")
+    *done, word = words or [""]
+    fixed = fixed_words(done, word, verbs, benches)
+    if fixed is not None:
+        sys.stdout.write(" ".join(fixed) + "\n")
+        return 0
+    folders = [word_after for flag, word_after in itertools.pairwise(done) if flag in {"--config-dir", "-cd"}]
+    overrides = [before for before in done if "=" in before and before not in folders]
+    os.environ["COMP_LINE"] = " ".join(["distcond", *overrides, word])
+    with contextlib.redirect_stderr(io.StringIO()):  # a half-typed line is no error
+        compose.hydra_main(["-sc", *argv, *(["--config-dir", folders[-1]] if folders else [])])
+    return 0
+
+
+def fixed_words(done: list[str], word: str, verbs: Iterable[str], benches: Iterable[str]) -> list[str] | None:
+    """What may stand at this place, if it is not an override; an empty list leaves it to the shell: a path."""
+    if not done:
+        return list(verbs)
+    if done[0] == "evaluate" or done[-1] in {"--config", "--config-dir", "-cd"}:
+        return ["--step"] if word.startswith("-") else []
+    if word.startswith("-"):
+        common = ["--config", "--config-dir", "--help"]
+        if done[0] == "bench":
+            return ["--json", "--quick", "--help"]
+        return {"train": ["--dry-run", "--cfg", "--info", "--hydra-help"], "submit": ["--dry-run"]}.get(done[0], []) + common
+    if done == ["bench"]:
+        return list(benches)
+    if done == ["submit"]:
+        return ["train", "sweep"]
+    return None
