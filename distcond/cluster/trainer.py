@@ -69,10 +69,7 @@ def run_folder(config: Config) -> RunFolder:
     return RunFolder(Path(config.run.dir) / config.run.name)
 
 
-def fit(
-    config: Config,
-    wait_for: Callable[[str], None] = lambda what: None,
-) -> dict[str, Any]:
+def fit(config: Config, *, wait_for: Callable[[str], None] = lambda what: None) -> dict[str, Any]:
     """Train a prepared run on Ray Train workers of the Ray that is already there; returns the summary of rank 0.
 
     wait_for: told what the run is waiting for.

@@ -26,8 +26,8 @@ TIMEOUT_S = 240.0
 "Longer than anything here takes on two busy cores; what takes longer hangs."
 
 
-def wait_until(happens: Callable[[], Any]) -> Any:
-    end = time.monotonic() + TIMEOUT_S
+def wait_until(happens: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> Any:
+    end = time.monotonic() + timeout_s
     while not (found := happens()):
         assert time.monotonic() < end, "this hangs"
         time.sleep(0.05)
@@ -226,13 +226,14 @@ class Command:
         with self.process.stderr as stream:
             errors = stream.read()
         self.process.stdout.close()
-        wait_until(lambda: not any(map(is_alive, self.started)))  # Ray's processes end a moment after their parent
+        # Ray's processes end a moment after their parent.
+        wait_until(lambda: not any(map(is_alive, self.started)), timeout_s=2)
         return status, errors
 
 
 def is_alive(process: psutil.Process) -> bool:
     try:
-        return process.status() != psutil.STATUS_ZOMBIE  # which nobody may be there to reap
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)  # which nobody may be there to reap
     except psutil.NoSuchProcess:
         return False
 
