@@ -111,11 +111,8 @@ class RowAdam:
         if not len(rows_G):
             return
         clock_G = state["clock"].index_select(0, rows_G)
-        if self.weight_decay:
-            missed_G = (self.log_decay - state["log_decay"].index_select(0, rows_G)).exp()
-            state["log_decay"].index_fill_(0, rows_G, self.log_decay)
-        else:
-            missed_G = None
+        missed_G = (self.log_decay - state["log_decay"].index_select(0, rows_G)).exp() if self.weight_decay else None
+        state["log_decay"].index_fill_(0, rows_G, self.log_decay)
         update = self._update_rows if grad_G[0].numel() >= WIDE_ROW else self._update_blocks
         update(data_S, state, rows_G, grad_G, clock_G, missed_G)
         state["clock"].index_copy_(0, rows_G, clock_G + 1)

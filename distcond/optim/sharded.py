@@ -12,26 +12,22 @@ from torch import Tensor, nn
 from distcond.nn.gates import Gate
 from distcond.nn.tree import TreeLinear
 from distcond.optim.row_adam import RowAdam
-from distcond.table import Collective, RowStore, SubtreePlan
+from distcond.table import Collective, NodeTable, RowStore, SubtreePlan
 
 
 @dataclass(slots=True)
 class _Part:
-    """Touched rows of one store, in the order of their keys, and their gradient."""
+    """Touched rows of one kind in a table, in the order of their keys, and their gradient."""
 
-    layer: TreeLinear
+    table: NodeTable
     kind: str
     store: RowStore
     keys_G: Tensor
     grad_GW: Tensor
 
-    def update(self, scale: float) -> tuple[RowStore, Tensor, Tensor]:
-        """What the optimiser asks for: store, rows, gradient. Rows that are new on this rank are born."""
-        missing_G = self.keys_G[self.store.find(self.keys_G) < 0]
-        if len(missing_G):
-            assert self.layer.table is not None
-            self.store.append(missing_G, self.layer.table.newborn(self.kind, missing_G))
-        return self.store, self.store.find(self.keys_G), self.grad_GW.mul_(scale)
+    def rows(self) -> Tensor:
+        """Where the rows are; those that are new on this rank are born."""
+        return self.table.ensure_rows(self.kind, self.keys_G)
 
 
 class ShardedRows:
@@ -53,7 +49,7 @@ class ShardedRows:
         self.optimizer = optimizer
         self.world, self.expert, self.replica = world, expert, replica
         self.layers = [layer for layer in optimizer.layers if layer.table is not None]
-        self._parts: list[_Part] = []
+        self._updates: list[tuple[RowStore, Tensor, Tensor]] = []
         self._statistics: list[Tensor] = []
         for layer in optimizer.layers:
             layer.records_touched = False  # nodes that are parameters have the dense part's optimiser
@@ -97,12 +93,12 @@ class ShardedRows:
                 is_shared_G = layer.plan.node_owner(keys_G) < 0
                 for parts, mask_G in ((shared, is_shared_G), (own, ~is_shared_G)):
                     is_all = bool(mask_G.all())  # and nothing is copied
-                    parts.append(_Part(layer, kind, store, *(x if is_all else x[mask_G] for x in (keys_G, grad_GW))))
+                    parts.append(_Part(layer.table, kind, store, *(x if is_all else x[mask_G] for x in (keys_G, grad_GW))))
         self._sum_over(self.world, shared)
         self._sum_over(self.replica, own)
-        self._parts = [*shared, *own]
-        for part in self._parts:
+        for part in (*shared, *own):
             part.grad_GW /= self.world.size
+        self._updates = [(part.store, part.rows(), part.grad_GW) for part in (*shared, *own)]
         # Every replica counts its own rows, so that one sum over the world serves the norm and the statistics.
         sums = [_square(own) / self.replica.size, *(gate.take_statistics().cpu() for gate in self._gates())]
         norm, *self._statistics = self.world.sum_(torch.cat(sums)).split([len(part) for part in sums])
@@ -130,14 +126,14 @@ class ShardedRows:
     def step(self, lr: float, scale: float) -> None:
         """Apply the reduced gradient times `scale`, and commit the gates' statistics, pooled over all ranks."""
         self.optimizer.lr = lr
-        self.optimizer.step_rows([part.update(scale) for part in self._parts])
+        self.optimizer.step_rows([(store, rows_G, grad_GW.mul_(scale)) for store, rows_G, grad_GW in self._updates])
         for gate, statistics in zip(self._gates(), self._statistics, strict=True):
             gate.commit(statistics)
         self.discard()
 
     def discard(self) -> None:
         """Forget the reduced gradient and the pooled statistics, of a step that is not applied."""
-        self._parts, self._statistics = [], []
+        self._updates, self._statistics = [], []
 
 
 def _square(parts: list[_Part]) -> Tensor:

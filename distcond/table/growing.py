@@ -3,6 +3,7 @@
 import mmap
 import sys
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,13 +60,8 @@ class Growing:
             if len(old):
                 torch.frombuffer(self._map, dtype=old.dtype, count=old.numel()).copy_(old.flatten())
 
-    def __getstate__(self) -> Tensor:
-        return self.tensor
-
-    def __setstate__(self, tensor: Tensor) -> None:
-        self.__init__(tuple(tensor.shape[1:]), tensor.dtype, tensor.device)  # type: ignore[misc]
-        self.resize(len(tensor))
-        self.tensor.copy_(tensor)
+    def __reduce__(self) -> tuple[Any, tuple[Tensor]]:
+        return Growing.of, (self.tensor,)
 
 
 def _reserve(size: int) -> mmap.mmap | None:

@@ -3,7 +3,7 @@
 Legend: G nodes, P out, Q in, r rank.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -57,25 +57,36 @@ class NodeTable:
 
     def find(self, levels: Sequence[Tensor]) -> list[Tensor]:
         """Row of each node, per level, root first; -1 where it does not exist."""
-        rows: list[Tensor] = []
-        for part, store in ((levels[: self.full_depth + 1], self.full), (levels[self.full_depth + 1 :], self.low)):
-            if part:
-                rows += store.find(torch.cat(list(part))).split([len(nodes_G) for nodes_G in part])
-        return rows
+        return self._by_kind(levels, lambda kind, nodes_G: self._store(kind).find(nodes_G))
 
     def ensure(self, levels: Sequence[Tensor]) -> list[Tensor]:
         """Row of each node, per level; nodes that do not exist are born."""
-        for name, store in self.stores():
-            part = levels[: self.full_depth + 1] if name == "full" else levels[self.full_depth + 1 :]
-            nodes_G = torch.cat(list(part))
-            new_G = nodes_G[store.find(nodes_G) < 0]
-            if len(new_G):
-                store.append(new_G, self.newborn(name, new_G))
-        return self.find(levels)
+        return self._by_kind(levels, self.ensure_rows)
+
+    def ensure_rows(self, kind: str, nodes_G: Tensor) -> Tensor:
+        """Row of each of some distinct nodes of one kind; those that do not exist are born."""
+        store = self._store(kind)
+        rows_G = store.find(nodes_G)
+        new_G = nodes_G[rows_G < 0]
+        if not len(new_G):
+            return rows_G
+        store.append(new_G, self.newborn(kind, new_G))
+        return store.find(nodes_G)
+
+    def _by_kind(self, levels: Sequence[Tensor], look_up: Callable[[str, Tensor], Tensor]) -> list[Tensor]:
+        """What `look_up` says of the nodes, asked once for all levels of a kind."""
+        rows: list[Tensor] = []
+        for kind, part in (("full", levels[: self.full_depth + 1]), ("low", levels[self.full_depth + 1 :])):
+            if part:
+                rows += look_up(kind, torch.cat(list(part))).split([len(nodes_G) for nodes_G in part])
+        return rows
+
+    def _store(self, kind: str) -> RowStore:
+        return self.full if kind == "full" else self.low
 
     def newborn(self, name: str, nodes_G: Tensor) -> Tensor:
         """The rows that nodes of a kind start with."""
-        store = self.full if name == "full" else self.low
+        store = self._store(name)
         rows_GW = store.data.new_zeros(len(nodes_G), store.width)
         if name == "low":
             size, bound = self.rank * self.in_features, (3.0 / self.in_features) ** 0.5

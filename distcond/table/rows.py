@@ -76,14 +76,14 @@ class RowStore:
             growing.resize(size)
         self.keys[start:] = keys_G
         self.data[start:] = data_GW
-        self._index.insert(keys_G.clone(), torch.arange(start, size, device=keys_G.device))
+        self._index.insert(keys_G, torch.arange(start, size, device=keys_G.device))
 
     def replace(self, keys_N: Tensor, data_NW: Tensor, state: dict[str, Tensor] | None = None) -> None:
         """Throw all rows away and hold these instead, in this order."""
         self._keys, self._data = Growing.of(keys_N), Growing.of(data_NW)
         self._state = {name: Growing.of(value) for name, value in (state or {}).items()}
         self._index = KeyIndex()
-        self._index.insert(keys_N.clone(), torch.arange(len(keys_N), device=keys_N.device))
+        self._index.insert(keys_N, torch.arange(len(keys_N), device=keys_N.device))
         self._pending = []
 
     def keep(self, mask_N: Tensor) -> None:
