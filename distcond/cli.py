@@ -155,10 +155,11 @@ def _bench(argv: list[str]) -> int:
         raise RunError(f"--json {args.json}: {args.json.parent} is not a folder; create it first.")
     _configure_logging()
     from distcond import bench
+    from distcond.train.run_folder import write_json
 
     rows = list(bench.BENCHES[args.what](args.quick))
     if args.json is not None:
-        bench.save(args.json, rows)
+        write_json(args.json, rows)
     print(bench.show(rows))
     return 0
 

@@ -18,7 +18,7 @@ def complete(argv: list[str], verbs: Iterable[str], benches: Iterable[str]) -> i
     if os.environ.get("COMP_LINE", "").endswith(" "):
         words.append("")
     *done, word = words or [""]
-    fixed = fixed_words(done, word, verbs, benches)
+    fixed = _fixed_words(done, word, verbs, benches)
     if fixed is not None:
         sys.stdout.write(" ".join(fixed) + "\n")
         return 0
@@ -30,7 +30,7 @@ def complete(argv: list[str], verbs: Iterable[str], benches: Iterable[str]) -> i
     return 0
 
 
-def fixed_words(done: list[str], word: str, verbs: Iterable[str], benches: Iterable[str]) -> list[str] | None:
+def _fixed_words(done: list[str], word: str, verbs: Iterable[str], benches: Iterable[str]) -> list[str] | None:
     """What may stand at this place, if it is not an override; an empty list leaves it to the shell: a path."""
     if not done:
         return list(verbs)

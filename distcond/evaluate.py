@@ -1,13 +1,12 @@
 """`distcond evaluate RUN`: a checkpoint measured in this process, without Ray or DeepSpeed."""
 
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distcond.bench.timing import time_in_turn
 from distcond.compose import load_config
 from distcond.config import Config
 from distcond.data.batches import LocalFeeder, num_validation_batches
@@ -88,9 +87,4 @@ def _validation_sums(learner: Learner, config: Config, feeder: LocalFeeder) -> T
 def _latency_ms(learner: Learner, feeder: LocalFeeder) -> float:
     """Median milliseconds of one validation example on its own."""
     example = [part[:1] for part in tensors(feeder.validation(0), torch.device("cpu"))]
-    seconds = []
-    for _ in range(LATENCY_REPEATS + 1):
-        start = time.perf_counter()
-        learner(*example)
-        seconds.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(seconds[1:])
+    return time_in_turn({"example": lambda: learner(*example)}, LATENCY_REPEATS)["example"].median

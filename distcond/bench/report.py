@@ -1,8 +1,6 @@
-"""Rows of a bench as a table for people and as JSON for machines."""
+"""Rows of a bench as a table for people."""
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 Row = Mapping[str, str | float]
 
@@ -13,11 +11,6 @@ def show(rows: Sequence[Row]) -> str:
     cells = [names, *([_cell(row[name]) for name in names] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
     return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells)
-
-
-def save(file: Path, rows: Sequence[Row]) -> None:
-    """Write the rows to a file."""
-    file.write_text(json.dumps(list(rows), indent=1) + "\n", encoding="utf-8")
 
 
 def _cell(value: str | float) -> str:

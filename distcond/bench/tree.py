@@ -10,6 +10,7 @@ from distcond.bench.report import Row
 from distcond.bench.timing import time_beside_limits
 from distcond.nn import TreeLinear
 from distcond.ops import TreePath
+from distcond.optim import RowAdam
 
 ZIPF = 1.1
 "Exponent of the leaves' frequencies where they are not uniform."
@@ -95,13 +96,12 @@ def work_of(case: Case, layer: TreeLinear, x: Tensor) -> tuple[float, float]:
 
 
 def _step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
+    rows = RowAdam(layer)
+
     def step() -> None:
         layer(x).backward(grad)
         x.grad = None
-        for parameter in layer.parameters():
-            parameter.grad = None
-        if isinstance(layer, TreeLinear) and layer.table is not None:
-            for _, store in layer.table.stores():
-                store.take_gradient()
+        layer.zero_grad()
+        rows.zero_grad()
 
     return step

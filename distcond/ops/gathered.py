@@ -44,8 +44,7 @@ def gathered_backward(
 
 
 def _chunks(rows_TL: Tensor, nodes: NodeTensors) -> Iterator[slice]:
-    numbers = rows_TL.shape[1] * (nodes.right_SrQ.shape[1:].numel() + nodes.left_SxP.shape[1:].numel())
-    size = max(1, CHUNK_NUMBERS // max(1, numbers))
+    size = max(1, CHUNK_NUMBERS // (rows_TL.shape[1] * nodes.low_numbers))
     return (slice(low, low + size) for low in range(0, len(rows_TL), size))
 
 

@@ -3,7 +3,7 @@
 Legend: T rows (tokens), G groups, Q in, P out. `sizes` are the G lengths of the groups, one after the other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,8 +23,11 @@ def add_to_groups(out_TP: Tensor, vectors: Sequence[Tensor | None], sizes: Seque
             out += vector_P
 
 
-def grouped_product(x_TQ: Tensor, matrices: Sequence[Tensor | None], width: int, sizes: Sequence[int]) -> Tensor:
-    """x @ matrix of each group, [T, width]; the matrix of a group is [Q, width], None stands for zero."""
+def grouped_product(x_TQ: Tensor, matrices: Iterable[Tensor | None], width: int, sizes: Sequence[int]) -> Tensor:
+    """x @ matrix of each group, [T, width]; the matrix of a group is [Q, width], None stands for zero.
+
+    A matrix is used before the next one is asked for.
+    """
     out_TP = x_TQ.new_empty(len(x_TQ), width)
     for matrix_QP, out, x in zip(matrices, out_TP.split(sizes), x_TQ.split(sizes), strict=True):
         if matrix_QP is None:

@@ -12,6 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from distcond.ops.grouped import grouped_product
 from distcond.ops.path import Level, pick
 
 
@@ -33,11 +34,7 @@ def merged_product(x_TQ: Tensor, levels: Sequence[Level], rows: Sequence[Tensor]
 
 def merged_product_backward(grad_TP: Tensor, levels: Sequence[Level], rows: Sequence[Tensor], weight_SPQ: Tensor) -> Tensor:
     """Gradient of `merged_product` with respect to x, [T, Q]."""
-    out_TQ, sizes = grad_TP.new_empty(len(grad_TP), weight_SPQ.shape[2]), levels[-1].sizes
-    parts = zip(path_sums(levels, rows, weight_SPQ), out_TQ.split(sizes), grad_TP.split(sizes), strict=True)
-    for weight_PQ, out, grad in parts:
-        torch.mm(grad, weight_PQ, out=out)
-    return out_TQ
+    return grouped_product(grad_TP, path_sums(levels, rows, weight_SPQ), weight_SPQ.shape[2], levels[-1].sizes)
 
 
 def path_sums(levels: Sequence[Level], rows: Sequence[Tensor], tensor_S: Tensor) -> Iterator[Tensor]:
@@ -57,20 +54,19 @@ def path_sums(levels: Sequence[Level], rows: Sequence[Tensor], tensor_S: Tensor)
 
 def weight_gradient(x_TQ: Tensor, grad_TP: Tensor, levels: Sequence[Level], out_SPQ: Tensor) -> None:
     """Gradients of the matrices of all nodes of these levels, in their order; a parent's is the sum of its children's."""
-    x, grad = x_TQ.split(levels[-1].sizes), grad_TP.split(levels[-1].sizes)
-    starts = _starts(levels)
-    last, parents = len(levels) - 1, [level.parent_G.tolist() for level in levels]
-    before: list[int] = []
-    for first, chain in [*_chains(levels), (1, [])]:
-        for number in range(last, first - 1, -1) if before else ():  # these are complete
-            node = before[number]
-            parent = parents[number][node]
-            is_first = node == 0 or parents[number][node - 1] != parent
+    parents, starts = [level.parent_G.tolist() for level in levels], _starts(levels)
+    parts = zip(grad_TP.split(levels[-1].sizes), x_TQ.split(levels[-1].sizes), strict=True)
+    for leaf, (grad, x) in enumerate(parts):
+        torch.mm(grad.t(), x, out=out_SPQ[starts[-1] + leaf])
+        node = leaf
+        for number in range(len(levels) - 1, 0, -1):
+            siblings, parent = parents[number], parents[number][node]
             total, part = out_SPQ[starts[number - 1] + parent], out_SPQ[starts[number] + node]
+            is_first = node == 0 or siblings[node - 1] != parent
             total.copy_(part) if is_first else total.add_(part)
-        if chain:
-            torch.mm(grad[chain[-1]].t(), x[chain[-1]], out=out_SPQ[starts[-1] + chain[-1]])
-        before = chain
+            if siblings[node + 1 : node + 2] == [parent]:
+                break  # the parent's is complete with the next one
+            node = parent
 
 
 def bias_gradient(grad_TP: Tensor, levels: Sequence[Level], out_SP: Tensor) -> None:

@@ -28,6 +28,11 @@ class NodeTensors(NamedTuple):
     left_SxP: Tensor
     "x = r, or r + 1 where nodes have a bias: the last row, as if a hidden unit were always 1."
 
+    @property
+    def low_numbers(self) -> int:
+        """Numbers in a low-rank node."""
+        return self.right_SrQ.shape[1:].numel() + self.left_SxP.shape[1:].numel()
+
 
 @dataclass(slots=True)
 class Level:
@@ -90,8 +95,7 @@ class Schedule:
         merged = 0
         while merged < full_depth and tokens >= TOKENS_PER_MERGED_NODE * touched[merged + 1]:
             merged += 1
-        numbers = nodes.right_SrQ.shape[1:].numel() + nodes.left_SxP.shape[1:].numel()
-        copies_s = tokens * (GATHERED_TOKEN_S + GATHERED_NUMBER_S * numbers)
+        copies_s = tokens * (GATHERED_TOKEN_S + GATHERED_NUMBER_S * nodes.low_numbers)
         gathered = full_depth + 1
         while gathered <= depth and touched[gathered] * GROUPED_NODE_S <= copies_s:
             gathered += 1
