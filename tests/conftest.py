@@ -1,6 +1,7 @@
 """What holds for every test, and the run that several of them read."""
 
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
     from distcond.config import Config
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: tensors are small here, and ranks share cores
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup; the commands under test would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
