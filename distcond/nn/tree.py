@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distcond.nn.gates import Gate
+from distcond.nn.tree_options import check_options
 from distcond.nn.tree_product import TreeProduct, anchor
+from distcond.nn.tree_state import load_rows, move_rows, row_names, save_rows
 from distcond.ops import NodeTensors, TreePath
 from distcond.table import Collective, NodeTable, RowStore, SubtreePlan
-
-STORAGES = ("dense", "lazy")
-GATE_GRADIENTS = ("straight_through", "sampled", "none")
 
 
 class TreeLinear(nn.Module):
@@ -59,7 +58,7 @@ class TreeLinear(nn.Module):
     ) -> None:
         super().__init__()
         full_depth = depth if full_depth is None else full_depth
-        _check(in_features, out_features, depth, full_depth, rank, gate_gradient, storage)
+        check_options(in_features, out_features, depth, full_depth, rank, gate_gradient, storage)
         self.in_features, self.out_features, self.depth = in_features, out_features, depth
         self.full_depth, self.rank = full_depth, rank or 1
         self.gate_gradient, self.storage, self.has_bias = gate_gradient, storage, bias
@@ -271,47 +270,25 @@ class TreeLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Tables follow the module to another device, and to fp64; never below fp32."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.table is not None:
-            for _, store in self.table.stores():
-                probe = fn(store.data[:0])
-                store.move(probe.device, torch.promote_types(probe.dtype, torch.float32))
+        move_rows(self.table, fn)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, store in self.table.stores() if self.table is not None else ():
-            destination[f"{prefix}table.{name}.keys"] = store.keys
-            destination[f"{prefix}table.{name}.rows"] = store.data
+        save_rows(self.table, destination, prefix)
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
     ) -> None:
-        tables = dict(self.table.stores()) if self.table is not None else {}
-        names = {f"{prefix}table.{name}.{part}" for name in tables for part in ("keys", "rows")}
+        names = row_names(self.table, prefix)
         own = {key: value for key, value in state_dict.items() if key not in names}
         super()._load_from_state_dict(own, prefix, metadata, strict, missing, unexpected, errors)
         missing.extend(sorted(names - state_dict.keys()) if strict else [])
-        for name, store in tables.items():
-            keys, rows = (state_dict.get(f"{prefix}table.{name}.{part}") for part in ("keys", "rows"))
-            if keys is not None and rows is not None:
-                first = 0 if name == "full" else self.layout.num_full_ids
-                end = self.layout.num_full_ids if name == "full" else 2 ** (self.depth + 1) - 1
-                _load_rows(store, keys, rows, range(first, end), f"{prefix}table.{name}.rows", errors)
-                self._keep_own(store)
+        load_rows(self.table, state_dict, prefix, errors)
         if self.table is not None:
             self.table.seed = int(self.seed)
-
-
-def _load_rows(store: RowStore, keys: Tensor, rows: Tensor, ids: range, name: str, errors: list[str]) -> None:
-    """Take over rows; those of nodes that exist keep their optimiser state."""
-    if rows.shape != (len(keys), store.width):
-        errors.append(f"size mismatch for {name}: {tuple(rows.shape)}, needed are ({len(keys)}, {store.width})")
-        return
-    if len(keys) and not (int(keys.min()) >= ids.start and int(keys.max()) < ids.stop):
-        errors.append(f"node ids for {name}: {int(keys.min())} to {int(keys.max())}, needed are {ids.start} to {ids.stop - 1}")
-        return
-    keys = keys.to(store.keys.device)
-    store.replace(keys, rows.to(store.data), store.state_of(keys))
+            for _, store in self.table.stores():
+                self._keep_own(store)
 
 
 def _leaf_index(bits_TK: Tensor) -> Tensor:
@@ -319,22 +296,3 @@ def _leaf_index(bits_TK: Tensor) -> Tensor:
     depth = bits_TK.shape[-1]
     places_K = 2 ** torch.arange(depth - 1, -1, -1, device=bits_TK.device)
     return (bits_TK * places_K).sum(-1)
-
-
-def _check(
-    in_features: int, out_features: int, depth: int, full_depth: int, rank: int | None, gate_gradient: str, storage: str
-) -> None:
-    if in_features < 1 or out_features < 1:
-        raise ValueError(f"in_features={in_features}, out_features={out_features}: both must be 1 or more")
-    if not 0 <= depth <= 62:
-        raise ValueError(f"depth={depth} is outside 0..62; node ids are 64-bit integers")
-    if not 0 <= full_depth <= depth:
-        raise ValueError(f"full_depth={full_depth} is outside 0..{depth} (depth)")
-    if full_depth < depth and (rank is None or rank < 1):
-        raise ValueError(f"rank={rank}: levels below full_depth={full_depth} need a rank of 1 or more")
-    if gate_gradient not in GATE_GRADIENTS:
-        raise ValueError(f"gate_gradient={gate_gradient!r} is unknown; use one of {GATE_GRADIENTS}")
-    if storage not in STORAGES:
-        raise ValueError(f"storage={storage!r} is unknown; use one of {STORAGES}")
-    if storage == "dense" and depth > 20:
-        raise ValueError(f"depth={depth} with storage='dense' would hold 2**{depth + 1} - 1 nodes; use storage='lazy'")

@@ -1,0 +1,24 @@
+"""What a `TreeLinear` may be made of."""
+
+STORAGES = ("dense", "lazy")
+GATE_GRADIENTS = ("straight_through", "sampled", "none")
+
+
+def check_options(
+    in_features: int, out_features: int, depth: int, full_depth: int, rank: int | None, gate_gradient: str, storage: str
+) -> None:
+    """Raise ValueError with a line that says what was given and what is needed, unless a layer can be made of these."""
+    if in_features < 1 or out_features < 1:
+        raise ValueError(f"in_features={in_features}, out_features={out_features}: both must be 1 or more")
+    if not 0 <= depth <= 62:
+        raise ValueError(f"depth={depth} is outside 0..62; node ids are 64-bit integers")
+    if not 0 <= full_depth <= depth:
+        raise ValueError(f"full_depth={full_depth} is outside 0..{depth} (depth)")
+    if full_depth < depth and (rank is None or rank < 1):
+        raise ValueError(f"rank={rank}: levels below full_depth={full_depth} need a rank of 1 or more")
+    if gate_gradient not in GATE_GRADIENTS:
+        raise ValueError(f"gate_gradient={gate_gradient!r} is unknown; use one of {GATE_GRADIENTS}")
+    if storage not in STORAGES:
+        raise ValueError(f"storage={storage!r} is unknown; use one of {STORAGES}")
+    if storage == "dense" and depth > 20:
+        raise ValueError(f"depth={depth} with storage='dense' would hold 2**{depth + 1} - 1 nodes; use storage='lazy'")
