@@ -230,6 +230,8 @@ def test_override_is_typed_and_leaves_the_original_alone() -> None:
 def test_override_judges_the_values_together() -> None:
     config = override(Config(), {"cluster.num_workers": 3, "data.global_batch_size": 33})  # 3 alone does not divide
     assert (config.cluster.num_workers, config.data.global_batch_size) == (3, 33)
+    with pytest.raises(ConfigError, match=r"takes 9 bits .* but model\.width=8"):
+        override(Config(), {"model.tree.gate": "sign", "model.tree.depth": 9, "model.width": 8})
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ class GateName(StrEnum):
 
     linear = "linear"
     hash = "hash"
+    sign = "sign"
 
 
 class GateGradient(StrEnum):

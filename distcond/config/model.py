@@ -17,7 +17,7 @@ class TreeConfig:
     rank: int = 8
     "r, the rank of the factors below full_depth; >= 1."
     gate: GateName = GateName.linear
-    "linear: K learned gating units. hash: K fixed random hyperplanes (the control)."
+    "linear: K learned gating units. hash: K fixed random hyperplanes (the control). sign: the layer's first K inputs."
     gate_gradient: GateGradient = GateGradient.straight_through
     "straight_through: gates learn as if a bit were tanh|g|. sampled: those of one level a step. none: gates do not learn."
     storage: Storage = Storage.lazy
@@ -85,4 +85,9 @@ class ModelConfig:
         need(
             self.name != ModelName.transformer or (self.heads >= 1 and self.width % self.heads == 0),
             f"model.width={self.width} is not divisible by model.heads={self.heads}; use a number of heads that divides it.",
+        )
+        need(
+            self.tree.gate != GateName.sign or self.tree.depth <= self.width,
+            f"model.tree.gate=sign takes {self.tree.depth} bits (model.tree.depth) from the state, "
+            f"but model.width={self.width}; use a smaller depth.",
         )

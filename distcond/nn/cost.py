@@ -38,16 +38,20 @@ class ModelCost:
 
 
 def tree_cost(in_features: int, out_features: int, tree: TreeConfig) -> TreeCost:
-    """Cost of one layer; (2**(F+1) - 1)(PQ + P) + (2**(K+1) - 2**(F+1))(r(P + Q) + P) parameters, (F+1)PQ + (K-F)r(P+Q) MACs."""
+    """Cost of one layer; (2**(F+1) - 1)(PQ + P) + (2**(K+1) - 2**(F+1))(r(P + Q) + P) parameters, (F+1)PQ + (K-F)r(P+Q) MACs.
+
+    Both without the KQ of the gates, which gates of signs do not have.
+    """
     p, q, depth = out_features, in_features, tree.depth
     full = tree.deepest_full_level
     low_rank = tree.rank * (p + q)
     num_full = 2 ** (full + 1) - 1
     num_low = 2 ** (depth + 1) - 1 - num_full
+    gates = 0 if tree.gate == GateName.sign else depth * q
     return TreeCost(
         node_parameters=num_full * (p * q + p) + num_low * (low_rank + p),
-        gate_parameters=depth * q,
-        macs=(full + 1) * p * q + (depth - full) * low_rank + depth * q,
+        gate_parameters=gates,
+        macs=(full + 1) * p * q + (depth - full) * low_rank + gates,
     )
 
 

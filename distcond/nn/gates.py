@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+KINDS = ("linear", "hash", "sign")
 MOMENTUM = 0.99
 "Weight of the old running mean at a commit."
 
@@ -19,8 +20,9 @@ class Gate(nn.Module):
     backward passes stage a sum, and `commit` folds the pooled mean in once per applied step. Everything here is
     computed in fp32 at least, whatever the precision of the model: a bit is a sign, and ranks must agree on it.
 
-    kind: "linear", learned units; "hash", fixed random hyperplanes (the control). learns: whether linear units are
-    parameters; those that no gradient reaches are none, or weight decay would shrink them.
+    kind: "linear", learned units; "hash", fixed random hyperplanes (the control); "sign", the first K inputs themselves,
+    whose threshold is 0 and stays so. learns: whether linear units are parameters; those that no gradient reaches are
+    none, or weight decay would shrink them. Raises ValueError for other kinds, and for "sign" with fewer than K inputs.
     """
 
     running_mean: Tensor
@@ -29,13 +31,17 @@ class Gate(nn.Module):
 
     def __init__(self, in_features: int, num_bits: int, kind: str, *, learns: bool = True) -> None:
         super().__init__()
-        if kind not in ("linear", "hash"):
-            raise ValueError(f"gate={kind!r} is unknown; use 'linear' or 'hash'")
-        weight_KQ = torch.randn(num_bits, in_features) / in_features**0.5
-        if kind == "linear" and learns:
-            self.weight = nn.Parameter(weight_KQ)
-        else:
-            self.register_buffer("weight", weight_KQ)
+        if kind not in KINDS:
+            raise ValueError(f"gate={kind!r} is unknown; use one of {KINDS}")
+        if kind == "sign" and num_bits > in_features:
+            raise ValueError(f"gate='sign' takes its {num_bits} bits from as many inputs, but there are {in_features}")
+        self.kind, self.num_bits = kind, num_bits
+        if kind != "sign":
+            weight_KQ = torch.randn(num_bits, in_features) / in_features**0.5
+            if kind == "linear" and learns:
+                self.weight = nn.Parameter(weight_KQ)
+            else:
+                self.register_buffer("weight", weight_KQ)
         self.register_buffer("running_mean", torch.zeros(num_bits))
         self.register_buffer("num_commits", torch.zeros((), dtype=torch.int64))
         self.staged = torch.zeros(num_bits + 1, dtype=torch.float64)
@@ -43,6 +49,8 @@ class Gate(nn.Module):
     def forward(self, x_TQ: Tensor) -> Tensor:
         """Centred pre-activations, [T, K], fp32 (fp64 for an fp64 input)."""
         dtype = torch.promote_types(x_TQ.dtype, torch.float32)
+        if self.kind == "sign":
+            return x_TQ[:, : self.num_bits].to(dtype)
         raw_TK = nn.functional.linear(x_TQ.to(dtype), self.weight.to(dtype))
         return raw_TK - self.running_mean.to(dtype)
 
@@ -73,7 +81,9 @@ class Gate(nn.Module):
         """Fold the pooled statistics of one applied step into the running mean; the first commit initialises it."""
         if statistics[-1] == 0:
             return
-        mean_K = (statistics[:-1] / statistics[-1]).to(self.running_mean)
-        momentum = MOMENTUM if self.num_commits > 0 else 0.0
-        self.running_mean.lerp_(mean_K, 1.0 - momentum)
         self.num_commits += 1
+        if self.kind == "sign":
+            return
+        mean_K = (statistics[:-1] / statistics[-1]).to(self.running_mean)
+        momentum = MOMENTUM if self.num_commits > 1 else 0.0
+        self.running_mean.lerp_(mean_K, 1.0 - momentum)

@@ -26,7 +26,8 @@ class TreeLinear(nn.Module):
 
     depth: K, 0 to 62; 0 is exactly `nn.Linear`.
     full_depth, rank: levels up to full_depth hold full matrices (None: all), deeper ones factors of this rank.
-    gate: "linear" (learned units) or "hash" (fixed random hyperplanes).
+    gate: "linear" (learned units), "hash" (fixed random hyperplanes) or "sign" (the first `depth` inputs themselves; what
+        the gates would learn passes into these inputs).
     gate_gradient: "straight_through": level l's contribution is multiplied by 1 + t - stopgrad(t), t = tanh|g_l|;
         "sampled": the same for one level a step, in turn, times depth: right on average, and it spares a product a level;
         "none": the gates do not learn.

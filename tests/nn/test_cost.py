@@ -27,6 +27,7 @@ TREES: list[dict[str, Any]] = [
     {"depth": 3, "full_depth": 1, "rank": 2},
     {"depth": 3, "full_depth": 0, "rank": 1},
     {"depth": 3, "gate": GateName.hash},
+    {"depth": 3, "gate": GateName.sign},
     {"depth": 3, "gate_gradient": GateGradient.none},
 ]
 MODELS: list[dict[str, Any]] = [
@@ -97,6 +98,7 @@ class Macs(TorchDispatchMode):
         ({"depth": 3}, 3 * 5 + 4 * (4 * 5)),
         ({"depth": 3, "full_depth": 1, "rank": 2}, 3 * 5 + 2 * (4 * 5) + 2 * 2 * (4 + 5)),
         ({"depth": 2, "full_depth": 0, "rank": 1, "gate": GateName.hash}, 2 * 5 + 4 * 5 + 2 * (4 + 5)),
+        ({"depth": 3, "gate": GateName.sign}, 4 * (4 * 5)),
     ],
 )
 def test_macs_of_a_tree_are_its_gates_and_the_products_on_one_path(tree: dict[str, Any], by_hand: int, storage: str) -> None:

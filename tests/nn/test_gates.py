@@ -144,8 +144,24 @@ def test_bits_are_balanced_after_a_few_steps(storage: str, kind: str) -> None:
 
 
 def test_unknown_kinds_are_refused() -> None:
-    with pytest.raises(ValueError, match="gate='sign' is unknown; use 'linear' or 'hash'"):
-        Gate(5, 3, "sign")
+    with pytest.raises(ValueError, match=r"gate='sigmoid' is unknown; use one of \('linear', 'hash', 'sign'\)"):
+        Gate(5, 3, "sigmoid")
+
+
+def test_sign_bits_are_the_signs_of_the_first_inputs_whatever_was_committed() -> None:
+    gate = Gate(5, 3, "sign").double()
+    x = tokens(40) + 1.0
+    see(gate, x)
+    gate.commit(gate.take_statistics())
+    assert torch.equal(gate(x), x[:, :3]) and int(gate.num_commits) == 1
+    assert not gate.running_mean.any() and not list(gate.parameters())
+    assert gate(x.bfloat16()).dtype == torch.float32
+
+
+def test_more_sign_bits_than_inputs_are_refused() -> None:
+    Gate(3, 3, "sign")
+    with pytest.raises(ValueError, match="gate='sign' takes its 4 bits from as many inputs, but there are 3"):
+        Gate(3, 4, "sign")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

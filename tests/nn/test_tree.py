@@ -27,7 +27,9 @@ def shape(options: dict[str, Any], depth: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("options", SHAPES)
-@pytest.mark.parametrize(("gate", "depth"), [*(("linear", depth) for depth in range(13)), ("hash", 0), ("hash", 1), ("hash", 12)])
+@pytest.mark.parametrize(
+    ("gate", "depth"), [*(("linear", depth) for depth in range(13)), ("hash", 0), ("hash", 12), ("sign", 0), ("sign", 5)]
+)
 @pytest.mark.parametrize("storage", STORAGES)
 def test_output_is_the_effective_weight_of_the_leaf_times_x(storage: str, gate: str, depth: int, options: dict[str, Any]) -> None:
     layer = random_tree(depth, storage=storage, gate=gate, **shape(options, depth))
@@ -87,6 +89,15 @@ def test_bits_are_the_signs_of_the_centred_gates() -> None:
     x = tokens(40)
     raw = x @ layer.gate.weight.T.detach()
     assert torch.equal(layer.codes(x)[:, 0], raw > layer.gate.running_mean)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_sign_bits_are_those_of_the_first_inputs(storage: str) -> None:
+    layer = random_tree(4, gate="sign", storage=storage)
+    x = tokens(40)
+    layer(x).sum().backward()
+    layer.commit_statistics()
+    assert torch.equal(layer.codes(x)[:, 0], x[:, :4] > 0)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -394,7 +405,8 @@ def test_hash_planes_come_from_the_seed_and_never_change(storage: str) -> None:
         ({"full_depth": -1}, "full_depth=-1", "0..3"),
         ({"full_depth": 1}, "rank=None", "1 or more"),
         ({"full_depth": 1, "rank": 0}, "rank=0", "1 or more"),
-        ({"gate": "sigmoid"}, "gate='sigmoid'", "'linear' or 'hash'"),
+        ({"gate": "sigmoid"}, "gate='sigmoid'", "'linear', 'hash', 'sign'"),
+        ({"gate": "sign", "depth": 6}, "6 bits", "5"),
         ({"gate_gradient": "reinforce"}, "gate_gradient='reinforce'", "straight_through"),
         ({"storage": "sparse"}, "storage='sparse'", "lazy"),
     ],

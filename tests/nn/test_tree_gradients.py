@@ -49,7 +49,7 @@ def surrogate(layer: TreeLinear, x: Tensor, gate_weight: Tensor) -> Tensor:
     """sum_l (1 + t_l - stopgrad(t_l)) (U_l x + c_l), t_l = tanh|g_l|, token by token; the root carries no factor."""
     matrices, biases = nodes_of(layer)
     assert layer.gate is not None
-    gates = x @ gate_weight.T - layer.gate.running_mean
+    gates = x @ gate_weight.T - (layer.gate.running_mean if layer.gate.kind != "sign" else 0.0)
     outputs = []
     for token, gate, leaf in zip(x, gates, layer.leaf(x.detach())[:, 0].tolist(), strict=True):
         root, *nodes = path(leaf, layer.depth)
@@ -62,12 +62,13 @@ def surrogate(layer: TreeLinear, x: Tensor, gate_weight: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("options", SHAPES)
 @pytest.mark.parametrize("storage", ["dense", "lazy"])
-@pytest.mark.parametrize("gate", ["linear", "hash"])
+@pytest.mark.parametrize("gate", ["linear", "hash", "sign"])
 def test_straight_through_gradient_is_that_of_its_formula(gate: str, storage: str, options: dict[str, Any]) -> None:
     layer = random_tree(4, storage=storage, gate=gate, **options)
     assert layer.gate is not None
     x = tokens(12).requires_grad_()
-    planes = layer.gate.weight.detach().clone().requires_grad_()
+    planes = torch.eye(4, 5, dtype=torch.float64) if gate == "sign" else layer.gate.weight.detach().clone()
+    planes.requires_grad_()
     expected = surrogate(layer, x, planes)
     grad_y = tokens(12, 4, seed=7)
     wanted_x, wanted_planes = torch.autograd.grad(expected, (x, planes), grad_y)
