@@ -14,17 +14,25 @@ CHUNK_NUMBERS = 2**18
 "Numbers copied at a time: 1 MiB, so that what is copied is still in the cache when it is used."
 
 
-def add_gathered(y_TP: Tensor, x_TQ: Tensor, rows_TL: Tensor, nodes: NodeTensors) -> None:
-    """Add the products of each token with its nodes, in place; nothing where a row is -1."""
+def add_gathered(y_TP: Tensor, x_TQ: Tensor, rows_TL: Tensor, nodes: NodeTensors, scale_TL: Tensor | None = None) -> None:
+    """Add the products of each token with its nodes, times `scale` (None: 1), in place; nothing where a row is -1."""
     if not len(nodes.right_SrQ):
         return
     for part in _chunks(rows_TL, nodes):
         _, left, hidden_CLx = _hidden(x_TQ[part], rows_TL[part], nodes)
+        hidden_CLx = hidden_CLx if scale_TL is None else hidden_CLx * scale_TL[part, :, None]
         y_TP[part, None].baddbmm_(hidden_CLx.flatten(1)[:, None], left)
 
 
 def gathered_backward(
-    grad_x_TQ: Tensor, x_TQ: Tensor, grad_TP: Tensor, rows_TL: Tensor, slots_TL: Tensor, nodes: NodeTensors, out: NodeTensors
+    grad_x_TQ: Tensor,
+    x_TQ: Tensor,
+    grad_TP: Tensor,
+    rows_TL: Tensor,
+    slots_TL: Tensor,
+    nodes: NodeTensors,
+    out: NodeTensors,
+    scale_TL: Tensor | None = None,
 ) -> Tensor:
     """Add to the gradient of x and of the nodes, rows `slots` of `out`, in place; returns that of the levels, [T, L]."""
     through_TL = x_TQ.new_empty(rows_TL.shape)
@@ -33,13 +41,15 @@ def gathered_backward(
         x_CQ, grad_CP = x_TQ[part], grad_TP[part]
         right, left, hidden_CLx = _hidden(x_CQ, rows_TL[part], nodes)
         back_CLx = torch.bmm(left, grad_CP[:, :, None]).view_as(hidden_CLx)
+        through_TL[part] = (hidden_CLx * back_CLx).sum(2)
+        if scale_TL is not None:
+            hidden_CLx, back_CLx = hidden_CLx * scale_TL[part, :, None], back_CLx * scale_TL[part, :, None]
         back_CLr = back_CLx[:, :, :rank]
         grad_x_TQ[part, None].baddbmm_(back_CLr.flatten(1)[:, None], right)
         slots = slots_TL[part].flatten()
         out.right_SrQ.index_add_(0, slots, (back_CLr.flatten(1)[:, :, None] * x_CQ[:, None]).view(len(slots), rank, -1))
         left_grad = hidden_CLx.flatten(1)[:, :, None] * grad_CP[:, None]
         out.left_SxP.index_add_(0, slots, left_grad.view(len(slots), hidden_CLx.shape[2], -1))
-        through_TL[part] = (hidden_CLx * back_CLx).sum(2)
     return through_TL
 
 

@@ -38,9 +38,9 @@ def tree_forward(x_TQ: Tensor, path: TreePath, rows: Sequence[Tensor], nodes: No
             add_grouped_product(y_TP, x_TQ, pick(nodes.weight_SPQ.mT, rows_G), level.sizes)
             add_to_groups(y_TP, pick(nodes.bias_SP, rows_G), level.sizes)
         else:
-            add_grouped_product(y_TP, _hidden(x_TQ, level, rows_G, nodes), pick(nodes.left_SxP, rows_G), level.sizes)
+            add_grouped_product(y_TP, hidden_units(x_TQ, level, rows_G, nodes), pick(nodes.left_SxP, rows_G), level.sizes)
     if schedule.gathered < len(rows):
-        add_gathered(y_TP, x_TQ, _per_token(path, rows, schedule.gathered), nodes)
+        add_gathered(y_TP, x_TQ, values_per_token(path, rows, schedule.gathered), nodes)
     return y_TP.index_select(0, path.place_T)
 
 
@@ -83,7 +83,7 @@ def tree_backward(
                 grad_levels_TK[:, number - 1] = through_T[:, 0]
         else:
             part = slice(first_low, first_low := first_low + len(rows_G))
-            hidden_Tx = _hidden(x_TQ, level, rows_G, nodes)
+            hidden_Tx = hidden_units(x_TQ, level, rows_G, nodes)
             back_Tx = grouped_product(grad_TP, pick(nodes.left_SxP.mT, rows_G), hidden_Tx.shape[1], level.sizes)
             back_Tr = back_Tx[:, : nodes.right_SrQ.shape[1]]
             add_grouped_product(grad_x_TQ, back_Tr, pick(nodes.right_SrQ, rows_G), level.sizes)
@@ -95,8 +95,8 @@ def tree_backward(
         out.right_SrQ[first_low:], out.left_SxP[first_low:] = 0.0, 0.0
         bounds = accumulate((len(rows_G) for rows_G in rows[schedule.gathered :]), initial=first_low)
         slots = [torch.arange(*ends, device=x_TQ.device) for ends in pairwise(bounds)]
-        rows_TL = _per_token(path, rows, schedule.gathered)
-        slots_TL = _per_token(path, [*rows[: schedule.gathered], *slots], schedule.gathered)
+        rows_TL = values_per_token(path, rows, schedule.gathered)
+        slots_TL = values_per_token(path, [*rows[: schedule.gathered], *slots], schedule.gathered)
         through_TL = gathered_backward(grad_x_TQ, x_TQ, grad_TP, rows_TL, slots_TL, nodes, out)
         for number in range(schedule.gathered, len(rows)):
             if number in gate_levels:
@@ -107,7 +107,7 @@ def tree_backward(
     return grad_x_TQ.index_select(0, path.place_T), grad_levels_TK.index_select(0, path.place_T)
 
 
-def _hidden(x_TQ: Tensor, level: Level, rows_G: Tensor, nodes: NodeTensors) -> Tensor:
+def hidden_units(x_TQ: Tensor, level: Level, rows_G: Tensor, nodes: NodeTensors) -> Tensor:
     """Hidden units of the low-rank nodes of a level, [T, x]; the one of the bias is 1."""
     rank, width = nodes.right_SrQ.shape[1], nodes.left_SxP.shape[1]
     hidden_Tx = x_TQ.new_zeros(len(x_TQ), width)
@@ -116,7 +116,7 @@ def _hidden(x_TQ: Tensor, level: Level, rows_G: Tensor, nodes: NodeTensors) -> T
     return hidden_Tx
 
 
-def _per_token(path: TreePath, values: Sequence[Tensor], first: int) -> Tensor:
+def values_per_token(path: TreePath, values: Sequence[Tensor], first: int) -> Tensor:
     """Values of the nodes of the levels from `first` on, as values of sorted tokens, [T, L]."""
     levels = zip(path.levels[first:], values[first:], strict=True)
     return torch.stack([level.per_token(values_G) for level, values_G in levels], dim=1)
