@@ -30,6 +30,7 @@ class GateGradient(StrEnum):
 
     straight_through = "straight_through"
     sampled = "sampled"
+    magnitude = "magnitude"
     none = "none"
 
 

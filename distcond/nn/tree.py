@@ -30,7 +30,8 @@ class TreeLinear(nn.Module):
         the gates would learn passes into these inputs).
     gate_gradient: "straight_through": level l's contribution is multiplied by 1 + t - stopgrad(t), t = tanh|g_l|;
         "sampled": the same for one level a step, in turn, times depth: right on average, and it spares a product a level;
-        "none": the gates do not learn.
+        "magnitude": level l's contribution is multiplied by tanh|g_l| itself, an ordinary gradient: the layer is continuous
+        in its gates, but no longer one matrix a leaf; "none": the gates do not learn.
     storage: "dense": `nn.Parameter`s of all nodes, any torch optimiser trains them. "lazy": rows that are born with
         their first gradient, trained by `distcond.optim.RowAdam`, sharded by `distcond.initialize`.
     bias: whether nodes carry a bias, summed along the path like the weights.
@@ -63,6 +64,7 @@ class TreeLinear(nn.Module):
         self.in_features, self.out_features, self.depth = in_features, out_features, depth
         self.full_depth, self.rank = full_depth, rank or 1
         self.gate_gradient, self.storage, self.has_bias = gate_gradient, storage, bias
+        self.scales_levels = gate_gradient == "magnitude" and depth > 0
         root = nn.Linear(in_features, out_features, bias=bias)
         self.gate = Gate(in_features, depth, gate, learns=gate_gradient != "none") if depth else None
         self.register_buffer("seed", torch.randint(2**31, ()))
@@ -120,7 +122,7 @@ class TreeLinear(nn.Module):
 
     @torch.no_grad()
     def effective_weight(self, leaf: int) -> tuple[Tensor, Tensor]:
-        """W(b) [out, in] and c(b) [out] of a leaf."""
+        """W(b) [out, in] and c(b) [out] of a leaf, each level counted in full whatever the gate gradient."""
         nodes = [self._node(2**level - 1 + (leaf >> (self.depth - level))) for level in range(self.depth + 1)]
         return sum((w for w, _ in nodes[1:]), nodes[0][0]), sum((c for _, c in nodes[1:]), nodes[0][1])
 
@@ -227,7 +229,7 @@ class TreeLinear(nn.Module):
         return self.gate(x_TQ)  # type: ignore[no-any-return]
 
     def _soft_bits(self, gates_TK: Tensor) -> Tensor:
-        """t of `gate_gradient`, [T, K], of which the gradient alone is used."""
+        """t of `gate_gradient`, [T, K], of which the gradient alone is used unless levels are scaled by it."""
         if self.gate_gradient == "none":
             return gates_TK.detach()
         soft_TK = gates_TK.abs().tanh()

@@ -1,7 +1,7 @@
 """What a `TreeLinear` may be made of."""
 
 STORAGES = ("dense", "lazy")
-GATE_GRADIENTS = ("straight_through", "sampled", "none")
+GATE_GRADIENTS = ("straight_through", "sampled", "magnitude", "none")
 
 
 def check_options(

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from distcond.ops import NodeTensors, Schedule, TreePath, tree_backward, tree_forward
+from distcond.ops import NodeTensors, Schedule, TreePath, scaled_backward, scaled_forward, tree_backward, tree_forward
 from distcond.table import Collective, NodeTable, Route, SubtreePlan
 
 
@@ -20,6 +20,8 @@ class TreeNodes(Protocol):
     depth: int
     full_depth: int
     has_bias: bool
+    scales_levels: bool
+    "Whether the soft bits are factors of the levels' contributions; else their gradient alone is used."
     plan: SubtreePlan
     collective: Collective | None
     layout: NodeTable
@@ -52,13 +54,20 @@ class TreeProduct(torch.autograd.Function):
         route = None
         if layer.plan.is_sharded and layer.collective is not None:
             route = Route.to(layer.plan.owner(leaf_T), layer.collective)
-        local_TQ, leaf_T = (x_TQ, leaf_T) if route is None else route.dispatch_with_leaf(x_TQ, leaf_T)
+        # Factors travel beside the tokens, and in their own precision.
+        sent_TQ = torch.cat([x_TQ.to(soft_TK.dtype), soft_TK], dim=1) if layer.scales_levels else x_TQ
+        sent_TQ, leaf_T = (sent_TQ, leaf_T) if route is None else route.dispatch_with_leaf(sent_TQ, leaf_T)
+        local_TQ, scale_TK = sent_TQ.split([layer.in_features, sent_TQ.shape[1] - layer.in_features], dim=1)
         path = TreePath.of(leaf_T, layer.depth)
         nodes = layer.node_tensors(parameters)
         rows = _rows(layer, path)
         schedule = Schedule.of(path, layer.full_depth, nodes)
-        y_TP = tree_forward(local_TQ.to(nodes.weight_SPQ.dtype), path, rows, nodes, schedule)
-        ctx.save_for_backward(local_TQ, *parameters)
+        dtype = nodes.weight_SPQ.dtype
+        if layer.scales_levels:
+            y_TP = scaled_forward(local_TQ.to(dtype), scale_TK.to(dtype), path, rows, nodes, schedule)
+        else:
+            y_TP = tree_forward(local_TQ.to(dtype), path, rows, nodes, schedule)
+        ctx.save_for_backward(local_TQ, scale_TK, *parameters)
         ctx.layer, ctx.path, ctx.rows, ctx.schedule, ctx.route = layer, path, rows, schedule, route
         ctx.dtype, ctx.soft_dtype = x_TQ.dtype, soft_TK.dtype
         ctx.statistics, ctx.gate_levels = statistics, layer.gate_levels()
@@ -70,7 +79,7 @@ class TreeProduct(torch.autograd.Function):
         """Gradients to rows, soft bits and parameters; those of a table are collected by the table."""
         layer: TreeNodes = ctx.layer
         path: TreePath = ctx.path
-        local_TQ, *parameters = ctx.saved_tensors
+        local_TQ, scale_TK, *parameters = ctx.saved_tensors
         grad_TP = grad_TP.contiguous() if ctx.route is None else ctx.route.dispatch(grad_TP)
         levels, rows = [level.nodes_G for level in path.levels], ctx.rows
         if layer.table is not None and any(bool((rows_G < 0).any()) for rows_G in rows):
@@ -81,7 +90,11 @@ class TreeProduct(torch.autograd.Function):
         out = layer.layout.as_matrices(full_GW, low_GW)
         with torch.autocast(grad_TP.device.type, enabled=False):
             local_TQ, grad_TP = local_TQ.to(dtype), grad_TP.to(dtype)
-            grad_x, grad_soft = tree_backward(local_TQ, grad_TP, path, rows, nodes, ctx.schedule, ctx.gate_levels, out)
+            if layer.scales_levels:
+                scaled = (local_TQ, scale_TK.to(dtype), grad_TP)
+                grad_x, grad_soft = scaled_backward(*scaled, path, rows, nodes, ctx.schedule, out)
+            else:
+                grad_x, grad_soft = tree_backward(local_TQ, grad_TP, path, rows, nodes, ctx.schedule, ctx.gate_levels, out)
         layer.note_backward(path, ctx.statistics)
         grads: tuple[Tensor | None, ...] = (None,)
         if layer.table is not None:

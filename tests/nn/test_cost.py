@@ -29,6 +29,7 @@ TREES: list[dict[str, Any]] = [
     {"depth": 3, "gate": GateName.hash},
     {"depth": 3, "gate": GateName.sign},
     {"depth": 3, "gate_gradient": GateGradient.none},
+    {"depth": 3, "full_depth": 1, "rank": 2, "gate_gradient": GateGradient.magnitude},
 ]
 MODELS: list[dict[str, Any]] = [
     {"name": ModelName.transformer, "width": 8, "heads": 2, "feed_forward": 20},

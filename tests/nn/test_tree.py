@@ -169,8 +169,9 @@ def test_non_contiguous_input_and_gradient_give_what_contiguous_ones_give(storag
     assert torch.equal(layer(x), layer(x.contiguous()))
 
 
-def test_a_lazy_layer_computes_half_precision_input_in_float32_and_rounds_once() -> None:
-    layer = random_tree(4, storage="lazy", full_depth=2, rank=2, dtype=torch.float32)
+@pytest.mark.parametrize("gate_gradient", ["straight_through", "magnitude"])
+def test_a_lazy_layer_computes_half_precision_input_in_float32_and_rounds_once(gate_gradient: str) -> None:
+    layer = random_tree(4, storage="lazy", full_depth=2, rank=2, dtype=torch.float32, gate_gradient=gate_gradient)
     half = tokens(20).bfloat16().requires_grad_()
     full = half.detach().float().requires_grad_()
     y_half, y_full = layer(half), layer(full)

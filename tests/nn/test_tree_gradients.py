@@ -46,7 +46,10 @@ def test_without_a_gate_gradient_the_gates_do_not_learn(storage: str) -> None:
 
 
 def surrogate(layer: TreeLinear, x: Tensor, gate_weight: Tensor) -> Tensor:
-    """sum_l (1 + t_l - stopgrad(t_l)) (U_l x + c_l), t_l = tanh|g_l|, token by token; the root carries no factor."""
+    """sum_l (1 + t_l - stopgrad(t_l)) (U_l x + c_l), t_l = tanh|g_l|, token by token; the root carries no factor.
+
+    With `magnitude`, sum_l t_l (U_l x + c_l).
+    """
     matrices, biases = nodes_of(layer)
     assert layer.gate is not None
     gates = x @ gate_weight.T - (layer.gate.running_mean if layer.gate.kind != "sign" else 0.0)
@@ -55,7 +58,8 @@ def surrogate(layer: TreeLinear, x: Tensor, gate_weight: Tensor) -> Tensor:
         root, *nodes = path(leaf, layer.depth)
         y = matrices[root] @ token + biases[root]
         for t, node in zip(gate.abs().tanh(), nodes, strict=True):
-            y = y + (1 + t - t.detach()) * (matrices[node] @ token + biases[node])
+            factor = t if layer.gate_gradient == "magnitude" else 1 + t - t.detach()
+            y = y + factor * (matrices[node] @ token + biases[node])
         outputs.append(y)
     return torch.stack(outputs)
 
@@ -63,8 +67,11 @@ def surrogate(layer: TreeLinear, x: Tensor, gate_weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("options", SHAPES)
 @pytest.mark.parametrize("storage", ["dense", "lazy"])
 @pytest.mark.parametrize("gate", ["linear", "hash", "sign"])
-def test_straight_through_gradient_is_that_of_its_formula(gate: str, storage: str, options: dict[str, Any]) -> None:
-    layer = random_tree(4, storage=storage, gate=gate, **options)
+@pytest.mark.parametrize("gate_gradient", ["straight_through", "magnitude"])
+def test_gradient_and_output_are_those_of_the_formula(
+    gate_gradient: str, gate: str, storage: str, options: dict[str, Any]
+) -> None:
+    layer = random_tree(4, storage=storage, gate=gate, gate_gradient=gate_gradient, **options)
     assert layer.gate is not None
     x = tokens(12).requires_grad_()
     planes = torch.eye(4, 5, dtype=torch.float64) if gate == "sign" else layer.gate.weight.detach().clone()
@@ -79,6 +86,36 @@ def test_straight_through_gradient_is_that_of_its_formula(gate: str, storage: st
     if gate == "linear":
         torch.testing.assert_close(layer.gate.weight.grad, wanted_planes, **EXACT)
     assert wanted_planes.abs().max() > 0.1  # there was something to learn
+
+
+@pytest.mark.parametrize("options", SHAPES)
+@pytest.mark.parametrize("gate", ["linear", "sign"])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_all_gradients_of_magnitude_are_finite_differences(depth: int, gate: str, options: dict[str, Any]) -> None:
+    if "full_depth" in options:
+        options = options | {"full_depth": min(options["full_depth"], depth)}
+    layer = random_tree(depth, sizes=(3, 2), gate=gate, gate_gradient="magnitude", **options).eval()
+    x = tokens(6, 3).requires_grad_()
+    assert_margin(layer, x, 1e-3)  # gradcheck moves by 1e-6
+    values = {name: value for name, value in layer.named_parameters() if value.numel()}
+    assert ("gate.weight" in values) == (gate == "linear")
+
+    def function(x: Tensor, *parts: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(values, parts, strict=True)), (x,))
+
+    # Central differences: third derivatives of size 10 times 1e-6**2, and rounding, 1e-16 / 1e-6.
+    assert torch.autograd.gradcheck(function, (x, *values.values()), atol=1e-8, rtol=0)
+
+
+def test_with_magnitude_the_layer_is_continuous_where_a_bit_flips() -> None:
+    layer = random_tree(3, gate="sign", gate_gradient="magnitude", sizes=(3, 2))
+    x = tokens(1, 3).repeat(2, 1)
+    x[:, 1] = torch.tensor([-1e-9, 1e-9])
+    below, above = layer(x)
+    assert layer.leaf(x)[0] != layer.leaf(x)[1]
+    torch.testing.assert_close(below, above, rtol=0, atol=1e-7)  # 2e-9 times slopes below 10
+    jump = random_tree(3, gate="sign", sizes=(3, 2))(x)
+    assert (jump[0] - jump[1]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("options", SHAPES)

@@ -16,7 +16,11 @@ from tests.trees import path, random_tree, tokens
 STEPS, BATCH, DEPTH = 3, 12, 4
 # float64: sums over ranks in another order, 1e-16, through Adam's quotients and three steps.
 CLOSE = {"rtol": 0, "atol": 1e-11}
-SHAPES: list[dict[str, Any]] = [{"full_depth": 1, "rank": 2}, {"bias": False, "gate": "hash"}]
+SHAPES: list[dict[str, Any]] = [
+    {"full_depth": 1, "rank": 2},
+    {"bias": False, "gate": "hash"},
+    {"full_depth": 2, "rank": 1, "gate_gradient": "magnitude"},
+]
 PLACEMENTS: list[tuple[list[int], int, int | None]] = [
     ([5, 7], 2, None),  # tokens per rank, expert-parallel size, shard level
     ([12, 0], 2, None),
