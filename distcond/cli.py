@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from distcond import __version__
 from distcond.completion import complete
-from distcond.config import Config
+from distcond.config import Config, Kernels
 from distcond.errors import ConfigError, RunError, UserError
 
 BENCHES = ("tree", "table")
@@ -149,14 +149,20 @@ def _bench(argv: list[str]) -> int:
     )
     parser.add_argument("what", choices=BENCHES, help="tree: layers; table: rows and their optimiser")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
+    kinds = [kind.value for kind in Kernels]
+    parser.add_argument(
+        "--kernels", choices=kinds, default=kinds[0], help="of trees; native: compiled by gcc (default: %(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="a few small cases, to see that it works")
     args = parser.parse_args(argv)
     if args.json is not None and not args.json.absolute().parent.is_dir():
         raise RunError(f"--json {args.json}: {args.json.parent} is not a folder; create it first.")
     _configure_logging()
     from distcond import bench
+    from distcond.ops import use_kernels
     from distcond.train.run_folder import write_json
 
+    use_kernels(args.kernels)
     rows = list(bench.BENCHES[args.what](args.quick))
     if args.json is not None:
         write_json(args.json, rows)

@@ -82,6 +82,13 @@ class TrackingMode(StrEnum):
     disabled = "disabled"
 
 
+class Kernels(StrEnum):
+    """What computes the products of tokens with trees on a CPU."""
+
+    torch = "torch"
+    native = "native"
+
+
 class ClusterName(StrEnum):
     """Where `distcond submit` sends a run. `local` is this machine."""
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distcond.config.check import need
-from distcond.config.choices import ClusterName
+from distcond.config.choices import ClusterName, Kernels
 
 
 @dataclass(kw_only=True, slots=True)
@@ -25,6 +25,8 @@ class ClusterConfig:
     "E, the ranks that share one copy of a node table; divides num_workers; null: all of them."
     shard_level: int | None = None
     "s: levels above s are replicated, each subtree below lives on one rank; null: the least s with 2**s >= 4 E. Placement only."
+    kernels: Kernels = Kernels.torch
+    "torch: plain torch, everywhere. native: fp32 trees on CPUs by C that each machine's gcc compiles once, some seconds."
     max_failures: int = 3
     "Restarts of the workers after a crash before the run gives up; >= 0."
     partition: str = ""

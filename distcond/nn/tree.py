@@ -265,7 +265,7 @@ class TreeLinear(nn.Module):
         if not self.records_loads:
             return
         last = path.levels[-1]
-        counts = torch.tensor(last.sizes, dtype=torch.int64, device=last.nodes_G.device)
+        counts = last.count_G
         self._leaf_loads.append((last.nodes_G - (2**self.depth - 1), counts))
 
     # ---- the rows travel with the module -----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from distcond.ops import NodeTensors, Schedule, TreePath, scaled_backward, scaled_forward, tree_backward, tree_forward
+from distcond.ops import NodeTensors, Schedule, TreePath, scaled_backward, scaled_forward, tree_backward, tree_forward, tree_path
 from distcond.table import Collective, NodeTable, Route, SubtreePlan
 
 
@@ -58,7 +58,7 @@ class TreeProduct(torch.autograd.Function):
         sent_TQ = torch.cat([x_TQ.to(soft_TK.dtype), soft_TK], dim=1) if layer.scales_levels else x_TQ
         sent_TQ, leaf_T = (sent_TQ, leaf_T) if route is None else route.dispatch_with_leaf(sent_TQ, leaf_T)
         local_TQ, scale_TK = sent_TQ.split([layer.in_features, sent_TQ.shape[1] - layer.in_features], dim=1)
-        path = TreePath.of(leaf_T, layer.depth)
+        path = tree_path(leaf_T, layer.depth)
         nodes = layer.node_tensors(parameters)
         rows = _rows(layer, path)
         schedule = Schedule.of(path, layer.full_depth, nodes)

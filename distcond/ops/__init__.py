@@ -1,7 +1,20 @@
-"""Products of tokens with trees of matrices; plain torch."""
+"""Products of tokens with trees of matrices: plain torch, or compiled kernels where they are asked for."""
 
-from distcond.ops.path import NodeTensors, Schedule, TreePath
+from distcond.ops.native import kernels, use_kernels
+from distcond.ops.path import Level, NodeTensors, Schedule, TreePath
 from distcond.ops.scaled import scaled_backward, scaled_forward
-from distcond.ops.tree_matmul import tree_backward, tree_forward
+from distcond.ops.tree_matmul import tree_backward, tree_forward, tree_path
 
-__all__ = ["NodeTensors", "Schedule", "TreePath", "scaled_backward", "scaled_forward", "tree_backward", "tree_forward"]
+__all__ = [
+    "Level",
+    "NodeTensors",
+    "Schedule",
+    "TreePath",
+    "kernels",
+    "scaled_backward",
+    "scaled_forward",
+    "tree_backward",
+    "tree_forward",
+    "tree_path",
+    "use_kernels",
+]

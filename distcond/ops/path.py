@@ -3,7 +3,9 @@
 Legend: T tokens, Q in, P out, K depth, r rank, G nodes touched on a level, S rows stored.
 """
 
+import functools
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -34,7 +36,7 @@ class NodeTensors(NamedTuple):
         return self.right_SrQ.shape[1:].numel() + self.left_SxP.shape[1:].numel()
 
 
-@dataclass(slots=True)
+@dataclass
 class Level:
     """The nodes of one level that tokens visit, in the order of the sorted tokens."""
 
@@ -42,12 +44,28 @@ class Level:
     "int64, heap order: 2**level - 1 + prefix, ascending."
     parent_G: Tensor
     "int64, index of each node's parent among the nodes of the level above."
-    sizes: list[int]
-    "Tokens of each node: lengths of the runs of sorted tokens."
+    count_G: Tensor
+    "int64, tokens of each node: lengths of the runs of sorted tokens."
+
+    @functools.cached_property
+    def sizes(self) -> list[int]:
+        """`count_G` as numbers."""
+        return self.count_G.tolist()
 
     def per_token(self, values_G: Tensor) -> Tensor:
         """A value of each node as one of each sorted token, [T]."""
-        return torch.repeat_interleave(values_G, torch.tensor(self.sizes, dtype=torch.int64, device=values_G.device))
+        return torch.repeat_interleave(values_G, self.count_G)
+
+
+class FlatPath(NamedTuple):
+    """The nodes of all levels one after the other, the root first."""
+
+    bounds: Tensor
+    "int64 [K + 2], on the CPU: where each level begins, and the end."
+    start_N: Tensor
+    "int64, first sorted token of each node."
+    parent_N: Tensor
+    "int64, index of each node's parent among the nodes of the level above."
 
 
 @dataclass(slots=True)
@@ -60,6 +78,7 @@ class TreePath:
     "int64, token -> sorted position."
     levels: list[Level]
     "K + 1 levels, the root first."
+    known_flat: FlatPath | None = None
 
     @classmethod
     def of(cls, leaf_T: Tensor, depth: int) -> "TreePath":
@@ -69,11 +88,19 @@ class TreePath:
         levels: list[Level] = []
         for level in range(depth, -1, -1):
             up_G, parent_G, up_sizes = torch.unique_consecutive(prefix_G >> 1, return_inverse=True, return_counts=True)
-            levels.append(Level(nodes_G=prefix_G + (2**level - 1), parent_G=parent_G, sizes=counts_G.tolist()))
+            levels.append(Level(nodes_G=prefix_G + (2**level - 1), parent_G=parent_G, count_G=counts_G))
             counts_G = torch.zeros_like(up_sizes).index_add_(0, parent_G, counts_G)
             prefix_G = up_G
         place_T = torch.empty_like(order_T).index_copy_(0, order_T, torch.arange(len(order_T), device=order_T.device))
         return cls(order_T, place_T, levels[::-1])
+
+    def flat(self) -> FlatPath:
+        """The same nodes as one list."""
+        if self.known_flat is None:
+            bounds = torch.tensor([0, *accumulate(len(level.nodes_G) for level in self.levels)])
+            start_N = torch.cat([level.count_G.cumsum(0) - level.count_G for level in self.levels])
+            self.known_flat = FlatPath(bounds, start_N, torch.cat([level.parent_G for level in self.levels]))
+        return self.known_flat
 
 
 @dataclass(frozen=True, slots=True)

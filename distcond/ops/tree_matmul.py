@@ -13,10 +13,18 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from distcond.ops import native
 from distcond.ops.gathered import add_gathered, gathered_backward
 from distcond.ops.grouped import add_grouped_product, add_to_groups, grouped_outer, grouped_product
 from distcond.ops.merged import bias_gradient, merged_product, merged_product_backward, weight_gradient
 from distcond.ops.path import Level, NodeTensors, Schedule, TreePath, pick
+
+
+def tree_path(leaf_T: Tensor, depth: int) -> TreePath:
+    """Path of int64 leaf indices in [0, 2**depth), by the kernels that are chosen."""
+    if native.kernels() == "native" and len(leaf_T) and leaf_T.device.type == "cpu":
+        return native.path_of(leaf_T, depth)
+    return TreePath.of(leaf_T, depth)
 
 
 def tree_forward(x_TQ: Tensor, path: TreePath, rows: Sequence[Tensor], nodes: NodeTensors, schedule: Schedule) -> Tensor:
@@ -26,6 +34,8 @@ def tree_forward(x_TQ: Tensor, path: TreePath, rows: Sequence[Tensor], nodes: No
     """
     if not len(x_TQ):
         return x_TQ.new_zeros(0, nodes.bias_SP.shape[1])
+    if native.serves(x_TQ, nodes):
+        return native.forward(x_TQ, path, rows, nodes, schedule.full_depth)
     if len(rows) == 1:
         root = int(rows[0])
         return torch.nn.functional.linear(x_TQ, nodes.weight_SPQ[root], nodes.bias_SP[root])
@@ -64,6 +74,8 @@ def tree_backward(
     grad_levels_TK = x_TQ.new_zeros(len(x_TQ), len(rows) - 1)
     if not len(x_TQ):
         return torch.zeros_like(x_TQ), grad_levels_TK
+    if native.serves(x_TQ, nodes):
+        return native.backward(x_TQ, grad_TP, path, rows, nodes, schedule.full_depth, gate_levels, out)
     x_TQ, grad_TP = x_TQ.index_select(0, path.order_T), grad_TP.index_select(0, path.order_T)
     width, shallow = x_TQ.shape[1], slice(schedule.merged + 1)
     grad_x_TQ = merged_product_backward(grad_TP, path.levels[shallow], rows[shallow], nodes.weight_SPQ)

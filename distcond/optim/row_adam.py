@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from distcond.nn.tree import TreeLinear
+from distcond.ops import native
 from distcond.table import RowStore
 
 WIDE_ROW = 2**13
@@ -114,8 +115,21 @@ class RowAdam:
         missed_G = (self.log_decay - state["log_decay"].index_select(0, rows_G)).exp() if self.weight_decay else None
         state["log_decay"].index_fill_(0, rows_G, self.log_decay)
         update = self._update_rows if grad_G[0].numel() >= WIDE_ROW else self._update_blocks
+        if native.computes(data_S, grad_G) and data_S.is_contiguous():
+            update = self._update_compiled
         update(data_S, state, rows_G, grad_G, clock_G, missed_G)
         state["clock"].index_copy_(0, rows_G, clock_G + 1)
+
+    def _update_compiled(
+        self, data_S: Tensor, state: dict[str, Tensor], rows_G: Tensor, grad_G: Tensor, clock_G: Tensor, missed_G: Tensor | None
+    ) -> None:
+        """Rows of any width, by a compiled loop: one pass over memory."""
+        beta1, beta2 = self.betas
+        size_G = self.lr / (1 - beta1 ** (clock_G + 1).double())
+        root_G = (1 - beta2 ** (clock_G + 1).double()).sqrt()
+        decay_G = torch.ones_like(size_G) if missed_G is None else missed_G
+        moments = (state["exp_avg"], state["exp_avg_sq"])
+        native.adam(data_S, moments, rows_G, grad_G, (decay_G, size_G, root_G), self.betas, self.eps)
 
     def _update_rows(
         self, data_S: Tensor, state: dict[str, Tensor], rows_G: Tensor, grad_G: Tensor, clock_G: Tensor, missed_G: Tensor | None

@@ -16,6 +16,7 @@ from distcond.config import Config
 from distcond.data.batches import Feeder
 from distcond.data.tasks import Task, build_task
 from distcond.nn.cost import model_cost
+from distcond.ops import kernels
 from distcond.tracking import Tracker
 from distcond.train.hooks import CheckpointHook, LogHook, ProfileHook, StopHook, ValidationHook, peak_tflops
 from distcond.train.run_folder import RunFolder, write_json
@@ -89,5 +90,6 @@ def environment(task: Task) -> dict[str, Any]:
         "machine": platform.platform(),
         "packages": {name: importlib.metadata.version(name) for name in names},
         "cuda": torch.version.cuda,
+        "kernels": kernels(),
         "data": task.fingerprint(),
     }

@@ -11,6 +11,7 @@ from distcond.config import Config
 from distcond.data.batches import Batch, Feeder, num_validation_batches
 from distcond.data.tasks import Task
 from distcond.nn.model import SUMS, Learner, build_learner
+from distcond.ops import use_kernels
 from distcond.train.checkpoint import latest_checkpoint, read_dense, read_state
 from distcond.train.engine import Engine
 from distcond.train.metrics import Meter
@@ -58,6 +59,7 @@ class Hook(Protocol):
 def start_run(config: Config, folder: RunFolder, feeder: Feeder, task: Task) -> Run:
     """A fresh run, or the one that the newest checkpoint holds."""
     torch.manual_seed(config.seed)
+    use_kernels(config.cluster.kernels.value)
     is_text = task.kind == "bytes"
     learner = build_learner(config.model, is_text=is_text, input_size=task.input_size, output_size=task.output_size)
     checkpoint = latest_checkpoint(folder.checkpoints)

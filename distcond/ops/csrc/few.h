@@ -1,0 +1,151 @@
+/* Products of few tokens with above + node, a sum that is formed on the way and not kept. Tokens are padded with zeros. */
+#define FEW 4
+
+INLINE float total(vec numbers) {
+#if V == 16
+    typedef float half __attribute__((vector_size(32)));
+    typedef float quarter __attribute__((vector_size(16)));
+    union {
+        vec all;
+        half halves[2];
+    } cut = {numbers};
+    union {
+        half all;
+        quarter quarters[2];
+    } more = {cut.halves[0] + cut.halves[1]};
+    quarter four = more.quarters[0] + more.quarters[1];
+    return (four[0] + four[1]) + (four[2] + four[3]);
+#else
+    float sum = 0;
+    for (int j = 0; j < V; j++) sum += numbers[j];
+    return sum;
+#endif
+}
+
+INLINE void few_column(const int n, const int m, const int both, Rows above, Rows node, long j, long left, const float *x,
+                       long width, vec sum[4][FEW]) {
+#pragma GCC unroll 4
+    for (int k = 0; k < m; k++) {
+        vec here = sum_at(both, above, node, k, j, left);
+#pragma GCC unroll 4
+        for (int t = 0; t < n; t++) sum[k][t] += here * load(x + t * width + j);
+    }
+}
+
+/* y [n, m] += x (above + node)^T of m rows. */
+INLINE void few_rows(const int n, const int m, const int both, Rows above, Rows node, long columns, const float *x, long width,
+                     float *y, long height) {
+    vec sum[4][FEW];
+    long j = 0;
+#pragma GCC unroll 4
+    for (int k = 0; k < m; k++)
+#pragma GCC unroll 4
+        for (int t = 0; t < n; t++) sum[k][t] = (vec){0};
+    for (; j + V <= columns; j += V) few_column(n, m, both, above, node, j, V, x, width, sum);
+    if (j < columns) few_column(n, m, both, above, node, j, columns - j, x, width, sum);
+#pragma GCC unroll 4
+    for (int k = 0; k < m; k++)
+#pragma GCC unroll 4
+        for (int t = 0; t < n; t++) y[t * height + k] += total(sum[k][t]);
+}
+
+INLINE void forward_of(const int n, const int both, Rows above, Rows node, long rows, long columns, const float *x, long width,
+                       float *y, long height, Ahead *ahead) {
+    long lines = padded(columns) / V;
+    for (long i = 0, m; i < rows; i += m) {
+        Rows one = {above.at + i * above.step, above.step}, other = {node.at + i * node.step, node.step};
+        m = rows - i >= 4 ? 4 : 1;
+        look(ahead, m * lines);
+        if (m == 4)
+            few_rows(n, 4, both, one, other, columns, x, width, y + i, height);
+        else
+            few_rows(n, 1, both, one, other, columns, x, width, y + i, height);
+    }
+}
+
+INLINE void few_strip(const int n, const int vectors, const int both, Rows above, Rows node, long rows, long j, long left,
+                      const float *dy, long height, float *dx, long width, int add) {
+    vec sum[FEW][STRIP];
+#pragma GCC unroll 4
+    for (int t = 0; t < n; t++)
+#pragma GCC unroll 4
+        for (int s = 0; s < vectors; s++) {
+            sum[t][s] = (vec){0};
+            if (add) sum[t][s] = load(dx + t * width + j + s * V);
+        }
+    for (long i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int s = 0; s < vectors; s++) {
+            vec here = sum_at(both, above, node, i, j + s * V, left);
+#pragma GCC unroll 4
+            for (int t = 0; t < n; t++) sum[t][s] += all(dy[t * height + i]) * here;
+        }
+#pragma GCC unroll 4
+    for (int t = 0; t < n; t++)
+#pragma GCC unroll 4
+        for (int s = 0; s < vectors; s++) store(dx + t * width + j + s * V, sum[t][s]);
+}
+
+INLINE void back_of(const int n, const int both, Rows above, Rows node, long rows, long columns, const float *dy, long height,
+                    float *dx, long width, int add, Ahead *ahead) {
+    long j = 0;
+    for (; j + STRIP * V <= columns; j += STRIP * V) {
+        look(ahead, rows * STRIP);
+        few_strip(n, STRIP, both, above, node, rows, j, V, dy, height, dx, width, add);
+    }
+    for (; j < columns; j += V) few_strip(n, 1, both, above, node, rows, j, columns - j, dy, height, dx, width, add);
+}
+
+INLINE void few_vector(const int n, const float *dy, long height, const float *x, long width, long left, float *to, int add,
+                       float *above, int first) {
+    vec sum = all(dy[0]) * load(x);
+#pragma GCC unroll 4
+    for (int t = 1; t < n; t++) sum += all(dy[t * height]) * load(x + t * width);
+    if (add) sum += load_some(to, left);
+    store_some(to, sum, left);
+    if (!above) return;
+    if (!first) sum += load(above);
+    store(above, sum);
+}
+
+INLINE void outer_of(const int n, const float *dy, long height, const float *x, long width, long rows, long columns, float *to,
+                     long step, int add, float *above, int first) {
+    for (long i = 0; i < rows; i++, to += step, above += above ? pitch(columns) : 0) {
+        long j = 0;
+        for (; j + V <= columns; j += V)
+            few_vector(n, dy + i, height, x + j, width, V, to + j, add, above ? above + j : NULL, first);
+        if (j < columns) few_vector(n, dy + i, height, x + j, width, columns - j, to + j, add, above ? above + j : NULL, first);
+    }
+}
+
+#define FOR_FEW(tokens, of, ...)                                                                                                 \
+    switch (tokens) {                                                                                                            \
+    case 1: of(1, __VA_ARGS__); break;                                                                                           \
+    case 2: of(2, __VA_ARGS__); break;                                                                                           \
+    case 3: of(3, __VA_ARGS__); break;                                                                                           \
+    case 4: of(4, __VA_ARGS__); break;                                                                                           \
+    }
+
+/* y [tokens, rows] += x (above + node)^T, tokens <= FEW; x is padded with zeros. above: none where its address is NULL. */
+static void few_forward(long tokens, Rows above, Rows node, long rows, long columns, const float *x, long width, float *y,
+                        long height, Ahead *ahead) {
+    if (above.at)
+        FOR_FEW(tokens, forward_of, 1, above, node, rows, columns, x, width, y, height, ahead)
+    else
+        FOR_FEW(tokens, forward_of, 0, above, node, rows, columns, x, width, y, height, ahead)
+}
+
+/* dx [tokens, columns] = (add: +=) dy (above + node), tokens <= FEW; dx is padded. */
+static void few_back(long tokens, Rows above, Rows node, long rows, long columns, const float *dy, long height, float *dx,
+                     long width, int add, Ahead *ahead) {
+    if (above.at)
+        FOR_FEW(tokens, back_of, 1, above, node, rows, columns, dy, height, dx, width, add, ahead)
+    else
+        FOR_FEW(tokens, back_of, 0, above, node, rows, columns, dy, height, dx, width, add, ahead)
+}
+
+/* to [rows, columns] = (add: +=) dy^T x, tokens <= FEW, and added to the tile above (first: set), which is padded, like x. */
+static void few_outer(long tokens, const float *dy, long height, const float *x, long width, long rows, long columns, float *to,
+                      long step, int add, float *above, int first) {
+    FOR_FEW(tokens, outer_of, dy, height, x, width, rows, columns, to, step, add, above, first)
+}

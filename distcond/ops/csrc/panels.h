@@ -1,0 +1,109 @@
+/* A panel: the same rows of all full nodes, walked depth first. */
+
+typedef struct {
+    int32_t level, node;
+} Step;
+
+/* Nodes depth first, parents before children; a last one of level 0 closes every level. Returns their number without it. */
+static long walk(const Tree *tree, Step *steps) {
+    long count = 0, current[64];
+    for (long level = 0; level <= tree->full; level++) current[level] = -1;
+    for (long leaf = 0; leaf < level_size(tree, tree->full); leaf++) {
+        long chain[64];
+        chain[tree->full] = leaf;
+        for (long level = tree->full; level > 0; level--) chain[level - 1] = tree->parent[tree->bounds[level] + chain[level]];
+        for (long level = 0; level <= tree->full; level++)
+            if (chain[level] != current[level]) {
+                steps[count++] = (Step){level, chain[level]};
+                current[level] = chain[level];
+            }
+    }
+    steps[count] = (Step){0, 0};
+    return count;
+}
+
+/* What a thread works on, and with. */
+typedef struct {
+    const Tree *tree;
+    const Step *steps;
+    long count;                           /* of the steps */
+    long p, q, rows, columns, wide;       /* the panel; wide: its columns padded */
+    Rows sums[64];                        /* of the nodes on the path so far */
+    float *tiles, *grads, *turned, *bias; /* a tile for each level, the same, one, rows for each level */
+} Panel;
+
+static long panel_rows(const Tree *tree, int threads) {
+    long rows = PANEL;
+    while (rows > V && (tree->out + rows - 1) / rows < threads) rows /= 2;
+    return rows;
+}
+
+static long tile_numbers(const Tree *tree) { return PANEL * pitch(least(COLUMNS, tree->in)); }
+
+static long thread_numbers(const Tree *tree) {
+    return (2 * (tree->full + 1) + 1) * tile_numbers(tree) + (tree->full + 1) * PANEL;
+}
+
+static Panel panel_of(const Tree *tree, const Step *steps, long count, float *work) {
+    long numbers = tile_numbers(tree), levels = (tree->full + 1) * numbers;
+    return (Panel){.tree = tree,
+                   .steps = steps,
+                   .count = count,
+                   .tiles = work,
+                   .grads = work + levels,
+                   .turned = work + 2 * levels,
+                   .bias = work + 2 * levels + numbers};
+}
+
+static void place_panel(Panel *panel, long p, long most_rows, long q) {
+    panel->p = p, panel->rows = least(most_rows, panel->tree->out - p);
+    panel->q = q, panel->columns = least(COLUMNS, panel->tree->in - q), panel->wide = padded(panel->columns);
+}
+
+static float *tile_of(const Panel *panel, float *tiles, long level) { return tiles + level * tile_numbers(panel->tree); }
+
+/* The part of a node that the panel is about; zeros where it is missing. */
+static Rows node_of(const Panel *panel, const Step *step) {
+    const Tree *tree = panel->tree;
+    long row = tree->row[tree->bounds[step->level] + step->node];
+    if (row < 0) return ZEROS;
+    return (Rows){tree->nodes.weight.at + row * tree->nodes.weight.step + panel->p * tree->in + panel->q, tree->in};
+}
+
+/* The part of the next node, if that lies in one piece. */
+static Ahead ahead_of(const Panel *panel, const Step *step) {
+    if (step + 1 >= panel->steps + panel->count || panel->columns < panel->tree->in) return NOTHING;
+    Rows next = node_of(panel, step + 1);
+    return (Ahead){next.at, next.at + (next.step ? panel->rows * panel->columns : 0)};
+}
+
+static Rows above(const Panel *panel, const Step *step) { return step->level ? panel->sums[step->level - 1] : ZEROS; }
+
+/* Add a node to the sum above it. */
+static void descend(Panel *panel, const Step *step, Ahead *ahead) {
+    float *tile = tile_of(panel, panel->tiles, step->level);
+    int is_last = step->level == panel->tree->full; /* then there will be products */
+    add_to(above(panel, step), node_of(panel, step), panel->rows, panel->columns, tile, ahead, !is_last);
+    panel->sums[step->level] = (Rows){tile, pitch(panel->columns)};
+}
+
+static void descend_bias(Panel *panel, const Step *step) {
+    const Tree *tree = panel->tree;
+    long row = tree->row[tree->bounds[step->level] + step->node];
+    float *sum = panel->bias + step->level * PANEL;
+    for (long i = 0; i < PANEL; i++) {
+        float here = row < 0 || i >= panel->rows ? 0 : tree->nodes.bias.at[row * tree->nodes.bias.step + panel->p + i];
+        sum[i] = step->level ? sum[i - PANEL] + here : here;
+    }
+}
+
+/* y [tokens, rows] += x (sum + node)^T, rows padded. */
+static void apply(const Panel *panel, Rows sum, Rows node, long tokens, const float *x, long width, float *y, long height,
+                  Ahead *ahead) {
+    if (tokens <= FEW) {
+        few_forward(tokens, sum, node, panel->rows, panel->columns, x, width, y, height, ahead);
+        return;
+    }
+    turn(sum, node, panel->rows, panel->columns, panel->turned, ahead, tokens < 2 * FEW);
+    add_product(tokens, padded(panel->rows), panel->columns, x, width, 1, panel->turned, padded(panel->rows), y, height, ahead);
+}

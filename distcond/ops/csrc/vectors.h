@@ -1,0 +1,162 @@
+/* Vectors, and products of matrices that lie in the caches. fp32.
+ *
+ * Vectors are GCC's own, so that one source serves AVX-512, AVX2 and NEON.
+ */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define V 16
+#define STRIP 4   /* vectors of a row that a block keeps in registers */
+#define NARROW 12 /* rows of a block of fewer vectors */
+#elif defined(__AVX__)
+#define V 8
+#define STRIP 2
+#define NARROW 6
+#else
+#define V 4
+#define STRIP 4
+#define NARROW 8
+#endif
+#define ROWS 6 /* rows of a block: ROWS x STRIP accumulators, STRIP vectors, one factor */
+
+typedef float vec __attribute__((vector_size(4 * V), aligned(4), may_alias));
+typedef int32_t lanes __attribute__((vector_size(4 * V)));
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vec load(const float *from) { return *(const vec *)from; }
+INLINE void store(float *to, vec value) { *(vec *)to = value; }
+INLINE vec all(float value) { return value - (vec){0}; }
+INLINE long least(long a, long b) { return a < b ? a : b; }
+INLINE long padded(long numbers) { return (numbers + V - 1) / V * V; }
+
+/* From one row to the next: padded, and not by a power of two, with which rows would push each other out of the first cache. */
+INLINE long pitch(long numbers) { return padded(numbers) + (padded(numbers) % 64 ? 0 : V); }
+
+/* Past the caches, where the address allows it: what is written here is read again by nobody soon. */
+INLINE void stream(float *to, vec value) {
+#if defined(__AVX512F__)
+    if ((uintptr_t)to % 64 == 0) {
+        _mm512_stream_ps(to, (__m512)value);
+        return;
+    }
+#elif defined(__AVX__)
+    if ((uintptr_t)to % 32 == 0) {
+        _mm256_stream_ps(to, (__m256)value);
+        return;
+    }
+#endif
+    store(to, value);
+}
+
+/* What memory is to be asked for while there is something to compute: a piece that lies in one. */
+typedef struct {
+    const float *at, *end;
+} Ahead;
+
+/* Ask for the next `lines` vectors. */
+INLINE void look(Ahead *ahead, long lines) {
+    for (; lines > 0 && ahead->at < ahead->end; lines--, ahead->at += V) __builtin_prefetch(ahead->at, 0, 2);
+}
+
+/* c [m, n vectors] = (add: +=) a [m, k] b [k, n vectors]; all sizes but k known when it is compiled. */
+INLINE void block(const int m, const int n, long k, const float *a, long a_row, long a_step, const float *b, long b_step,
+                  float *c, long c_row, const int add, Ahead *ahead) {
+    const float *next = ahead->at;
+    long next_step = ahead->end - next >= k * V ? V : 0;
+    ahead->at += next_step * k;
+    vec sum[NARROW][STRIP];
+#pragma GCC unroll 12
+    for (int i = 0; i < m; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < n; j++) sum[i][j] = add ? load(c + i * c_row + j * V) : (vec){0};
+    for (long at = 0; at < k; at++) {
+        vec right[STRIP];
+#pragma GCC unroll 4
+        for (int j = 0; j < n; j++) right[j] = load(b + at * b_step + j * V);
+        __builtin_prefetch(next + at * next_step, 0, 2);
+#pragma GCC unroll 12
+        for (int i = 0; i < m; i++) {
+            vec left = all(a[i * a_row + at * a_step]);
+#pragma GCC unroll 4
+            for (int j = 0; j < n; j++) sum[i][j] += left * right[j];
+        }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < m; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < n; j++) store(c + i * c_row + j * V, sum[i][j]);
+}
+
+/* A strip of n vectors, in blocks of nearly equal numbers of rows, at most `most`. */
+INLINE void strip(const int n, const int most, long m, long k, const float *a, long a_row, long a_step, const float *b,
+                  long b_step, float *c, long c_row, const int add, Ahead *ahead) {
+    for (long blocks = (m + most - 1) / most; blocks > 0; blocks--) {
+        long rows = (m + blocks - 1) / blocks;
+#define CASE(rows)                                                                                                               \
+    case rows:                                                                                                                   \
+        if (rows <= most) block(rows, n, k, a, a_row, a_step, b, b_step, c, c_row, add, ahead);                                  \
+        break;
+        switch (rows) {
+            CASE(1)
+            CASE(2)
+            CASE(3) CASE(4) CASE(5) CASE(6)
+#if NARROW > 6
+                CASE(7) CASE(8)
+#endif
+#if NARROW > 8
+                    CASE(9) CASE(10) CASE(11) CASE(12)
+#endif
+        }
+        m -= rows, a += rows * a_row, c += rows * c_row;
+    }
+}
+
+/* c [m, n] = (add: +=) a [m, k] b [k, n]; n a multiple of V; a by strides of its own, so that it may be a transpose. */
+INLINE void product_of(long m, long n, long k, const float *a, long a_row, long a_step, const float *b, long b_step, float *c,
+                       long c_row, const int add, Ahead *ahead) {
+    long at = 0;
+    for (; at + STRIP * V <= n; at += STRIP * V)
+        strip(STRIP, ROWS, m, k, a, a_row, a_step, b + at, b_step, c + at, c_row, add, ahead);
+#if STRIP > 2
+    for (; at + 2 * V <= n; at += 2 * V) strip(2, NARROW, m, k, a, a_row, a_step, b + at, b_step, c + at, c_row, add, ahead);
+#endif
+    for (; at < n; at += V) strip(1, NARROW, m, k, a, a_row, a_step, b + at, b_step, c + at, c_row, add, ahead);
+}
+
+static void product(long m, long n, long k, const float *a, long a_row, long a_step, const float *b, long b_step, float *c,
+                    long c_row, Ahead *ahead) {
+    product_of(m, n, k, a, a_row, a_step, b, b_step, c, c_row, 0, ahead);
+}
+
+static void add_product(long m, long n, long k, const float *a, long a_row, long a_step, const float *b, long b_step, float *c,
+                        long c_row, Ahead *ahead) {
+    product_of(m, n, k, a, a_row, a_step, b, b_step, c, c_row, 1, ahead);
+}
+
+static float dot(const float *a, const float *b, long numbers) {
+    vec sum[4] = {{0}, {0}, {0}, {0}};
+    long at = 0;
+    for (; at + 4 * V <= numbers; at += 4 * V)
+        for (int j = 0; j < 4; j++) sum[j] += load(a + at + j * V) * load(b + at + j * V);
+    for (; at + V <= numbers; at += V) sum[0] += load(a + at) * load(b + at);
+    sum[0] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    float total = 0;
+    for (int j = 0; j < V; j++) total += sum[0][j];
+    for (; at < numbers; at++) total += a[at] * b[at];
+    return total;
+}
+
+/* to = (add: +=) factor * from. */
+static void scaled(float *to, float factor, const float *from, long numbers, int add) {
+    long at = 0;
+    if (add)
+        for (; at + V <= numbers; at += V) store(to + at, load(to + at) + all(factor) * load(from + at));
+    else
+        for (; at + V <= numbers; at += V) store(to + at, all(factor) * load(from + at));
+    for (; at < numbers; at++) to[at] = (add ? to[at] : 0) + factor * from[at];
+}
