@@ -134,7 +134,6 @@ UNEVEN = {
     "halting, no tables, ZeRO 3": uneven("halting", 3, model__tree__depth=0, model__tree__full_depth=None),
     "halting, dense tree, ZeRO 0": uneven("halting", 0, model__tree__storage="dense"),
     "hash gates": case(model__tree__gate="hash"),
-    "sign gates": case(1, model__tree__gate="sign"),
     "levels scaled by their gates": case(1, model__tree__gate_gradient="magnitude"),
     "no gate gradient, ZeRO 0": case(0, model__tree__gate_gradient="none"),
     "no gate gradient, ZeRO 3": case(3, model__tree__gate_gradient="none"),
