@@ -14,6 +14,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: te
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup; the commands under test would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+ON_DEMAND = ("slow", "gpu", "hosts")
+"Marks of tests that run only where `-m` names the mark; `-m 'not ray'` leaves them out too."
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    asked = config.getoption("markexpr")
+    left_out = [item for item in items if any(item.get_closest_marker(mark) and mark not in asked for mark in ON_DEMAND)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
 
 @pytest.fixture(scope="session")
 def text_run(tmp_path_factory: pytest.TempPathFactory) -> "Config":
