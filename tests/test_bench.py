@@ -8,8 +8,16 @@ import pytest
 import torch
 
 from distcond import bench, cli
+from distcond.bench import timing
 from distcond.bench.timing import Machine, time_beside_limits, time_in_turn
 from distcond.bench.tree import Case, prepared_layer, work_of
+
+
+@pytest.fixture(autouse=True)
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the machine allows is measured in a moment, and less exactly: nothing here depends on the figure."""
+    monkeypatch.setattr(timing, "GEMM_SIZE", 256)
+    monkeypatch.setattr(timing, "COPY_NUMBERS", 2**22)
 
 
 def test_functions_take_turns_and_the_first_call_does_not_count() -> None:

@@ -159,8 +159,10 @@ def test_untouched_nodes_stay_as_they_are(storage: str) -> None:
 # ---- both storages ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-@pytest.mark.parametrize(("gate", "dtype"), [("linear", torch.float64), ("hash", torch.float64), ("linear", torch.float32)])
+@pytest.mark.parametrize(
+    ("gate", "dtype", "weight_decay"),
+    [("linear", torch.float64, 0.3), ("hash", torch.float64, 0.0), ("linear", torch.float32, 0.0), ("hash", torch.float32, 0.3)],
+)
 @pytest.mark.parametrize("options", SHAPES)
 def test_lazy_equals_dense_after_any_number_of_steps(
     options: dict[str, Any], gate: str, dtype: torch.dtype, weight_decay: float

@@ -54,6 +54,7 @@ def metric_rows(folder: Path) -> list[dict[str, float]]:
 OPTIONS = {
     "cluster__num_workers": 2,
     "train__max_steps": 6,
+    "train__eval_every": 3,
     "optim__weight_decay": 0.1,
     "optim__schedule": "cosine",
     "optim__warmup_steps": 2,
@@ -61,7 +62,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(("make", "stage"), [(small_config, 0), (text_config, 1), (small_config, 2), (small_config, 3)])
+@pytest.mark.parametrize(("make", "stage"), [(small_config, 0), (text_config, 2), (small_config, 3)])
 def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, make: Callable[..., Config], stage: int) -> None:
     straight, broken = (make(tmp_path, run__name=name, optim__zero_stage=stage, **OPTIONS) for name in ("straight", "broken"))
     train_run(straight)

@@ -1,6 +1,5 @@
 """The engine: neither ranks, placement, ZeRO stage nor accumulation change a result; a step is applied everywhere or nowhere."""
 
-import itertools
 from functools import cache
 from pathlib import Path
 
@@ -26,11 +25,12 @@ from tests.train.traces import (
     train_plainly,
 )
 
-STEPS = 4
+STEPS = 3
 # Single precision: sums over ranks and micro-batches are rounded in another order, 1e-7 of their size each time.
 TOLERANCE = 1e-6
 CLIP = 0.05
-MATRIX = list(itertools.product((0, 1, 2, 3), (1, 2), (0.0, CLIP)))
+# Every two of stage, accumulation and clipping meet.
+MATRIX = [(stage, times, CLIP if (stage + times) % 2 else 0.0) for stage in range(4) for times in (1, 2)]
 
 
 def case(stage: int = 1, accumulation: int = 1, clip: float = CLIP, **changes: object) -> Case:
@@ -125,12 +125,8 @@ def uneven(kind: str, stage: int, **changes: object) -> Case:
 
 
 UNEVEN = {
-    **{
-        f"{kind}, ZeRO {stage}": uneven(kind, stage)
-        for kind in ("halting", "subtree", "empty rank", "ragged")
-        for stage in (1, 3)
-    },
-    "halting, no tables, ZeRO 1": uneven("halting", 1, model__tree__depth=0, model__tree__full_depth=None),
+    **{f"{kind}, ZeRO 3": uneven(kind, 3) for kind in ("halting", "subtree", "empty rank", "ragged")},
+    **{f"{kind}, ZeRO 1": uneven(kind, 1) for kind in ("halting", "empty rank")},
     "halting, no tables, ZeRO 3": uneven("halting", 3, model__tree__depth=0, model__tree__full_depth=None),
     "halting, dense tree, ZeRO 0": uneven("halting", 0, model__tree__storage="dense"),
     "hash gates": case(model__tree__gate="hash"),
@@ -159,7 +155,7 @@ def test_uneven_cases_are_uneven(uneven_pairs: dict[str, tuple[Trace, Trace]]) -
     steps = SUMS.index("ponder_steps")
     for name in ("halting, ZeRO 1", "halting, no tables, ZeRO 3"):
         assert [figures[steps] for figures in uneven_pairs[name][0].figures] == [4 * 1 + 4 * 6] * STEPS
-    nodes = uneven_pairs["subtree, ZeRO 1"][0].rows["body.ponder.cell.linear/full/rows"].keys()
+    nodes = uneven_pairs["subtree, ZeRO 3"][0].rows["body.ponder.cell.linear/full/rows"].keys()
     assert nodes == {0, 2}, "the left subtree, and with it rank 0, got a token"
     positions = SUMS.index("positions")
     assert {figures[positions] for figures in uneven_pairs["empty rank, ZeRO 1"][0].figures} == {4.0}
@@ -169,7 +165,6 @@ def test_uneven_cases_are_uneven(uneven_pairs: dict[str, tuple[Trace, Trace]]) -
 
 PLACEMENTS = {
     "1 rank a copy": case(1, cluster__expert_parallel_size=1),
-    "2 ranks a copy": case(1, cluster__expert_parallel_size=2),
     "2 ranks a copy, ZeRO 3": case(3, 2, cluster__expert_parallel_size=2),
     "4 ranks a copy": case(0, cluster__expert_parallel_size=4),
     "4 ranks a copy, sharded from level 2": case(2, cluster__shard_level=2),
@@ -199,9 +194,9 @@ def one_row_is_infinite(batch: Batch, step: int) -> Batch:
     return batch
 
 
-NOT_FINITE = {f"everything, ZeRO {stage}": case(stage, 2) for stage in range(4)}
+NOT_FINITE = {f"everything, ZeRO {stage}": case(stage, 2) for stage in (0, 1, 3)}
 # The state saturates and hash gates do not learn, so that only the rows get a gradient that is not finite.
-NOT_FINITE |= {f"rows alone, ZeRO {stage}": case(stage, model__tree__gate="hash") for stage in range(4)}
+NOT_FINITE |= {f"rows alone, ZeRO {stage}": case(stage, model__tree__gate="hash") for stage in (0, 2, 3)}
 NOT_FINITE |= {"without clipping": case(1, clip=0.0), "without clipping, ZeRO 3": case(3, clip=0.0)}
 NOT_FINITE = {name: Case(made.config, one_row_is_infinite) for name, made in NOT_FINITE.items()}
 
@@ -214,20 +209,19 @@ def not_finite() -> dict[str, Trace]:
 @pytest.mark.parametrize("name", NOT_FINITE)
 def test_step_that_is_not_finite_is_skipped_by_all_parts(not_finite: dict[str, Trace], name: str) -> None:
     reference = train_plainly(NOT_FINITE[name], STEPS)
-    assert reference.applied == [True, False, True, True]
+    assert reference.applied == [True, False, True]
     assert_same(not_finite[name], reference, TOLERANCE)
 
 
 # ---- text, precision, options ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["act", "fixed"])
-def test_ranks_do_not_change_a_transformer_on_text(tmp_path: Path, kind: str) -> None:
-    shared = {"model__halting__kind": kind, "cluster__num_workers": 2}
-    cases = [Case(text_config(tmp_path, optim__zero_stage=stage, optim__accumulation=2, **shared)) for stage in (1, 3)]
-    reference = train_plainly(cases[0], STEPS)
-    for trace in traces(2, cases):
-        assert_same(trace, reference, TOLERANCE)
+def test_ranks_do_not_change_a_transformer_on_text(tmp_path: Path) -> None:
+    shared = {"optim__accumulation": 2, "cluster__num_workers": 2}
+    kinds = {"act": 3, "fixed": 1}
+    cases = [Case(text_config(tmp_path, model__halting__kind=kind, optim__zero_stage=kinds[kind], **shared)) for kind in kinds]
+    for case, trace in zip(cases, traces(2, cases), strict=True):
+        assert_same(trace, train_plainly(case, STEPS), TOLERANCE)
 
 
 def test_bf16_is_close_to_fp32_and_keeps_rows_in_fp32() -> None:

@@ -73,7 +73,7 @@ def plain_loop(clip: float) -> Trace:
     return Trace([[loss] for loss in losses], [norm], [True], dense_part, rows_by_node(model), watch.margin)
 
 
-CASES = [(stage, accumulation, clip) for stage in range(4) for accumulation, clip in ((1, CLIP), (2, 0.0))]
+CASES = [(0, 2, 0.0), (1, 1, CLIP), (2, 2, CLIP), (3, 1, 0.0)]  # tests/train/test_engine.py crosses each two of them
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -111,13 +111,13 @@ def go_on(folder: str, stage: int) -> list[float]:
 
 
 def test_checkpoint_of_a_foreign_loop_carries_the_tables(tmp_path: Path) -> None:
-    ranks = run_ranks(save_and_load, 2, str(tmp_path), [0, 1, 2, 3])
+    ranks = run_ranks(save_and_load, 2, str(tmp_path), [0, 2, 3])
     for straight, resumed in (pair for rank in ranks for pair in rank):
         assert straight[0] == resumed[0]
         for before, after in zip(straight[1:], resumed[1:], strict=True):
             assert before.keys() == after.keys()
             torch.testing.assert_close(after, before, rtol=0, atol=0)
-    assert (tmp_path / "zero_1" / "latest").read_text() == "global_step3"
+    assert (tmp_path / "zero_2" / "latest").read_text() == "global_step3"
     # Another number of ranks: DeepSpeed itself allows that at ZeRO 0 alone.
     (fewer,) = run_ranks(go_on, 1, str(tmp_path / "zero_0"), 0)
     assert fewer == pytest.approx(ranks[0][0][0][0], rel=1e-5)
