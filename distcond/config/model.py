@@ -19,7 +19,7 @@ class TreeConfig:
     gate: GateName = GateName.linear
     "linear: K learned gating units. hash: K fixed random hyperplanes (the control). sign: the layer's first K inputs."
     gate_gradient: GateGradient = GateGradient.straight_through
-    "straight_through: gates learn as if a bit were t = tanh|g|. sampled: one level a step. magnitude: levels times t. none: no."
+    "straight_through: gates learn as if a bit were t = tanh|g|. sampled: one full level a step. magnitude: levels times t. none."
     storage: Storage = Storage.lazy
     "lazy: nodes exist once data reached them, sharded over ranks. dense: ordinary parameters, every node exists."
 

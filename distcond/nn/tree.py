@@ -29,7 +29,8 @@ class TreeLinear(nn.Module):
     gate: "linear" (learned units), "hash" (fixed random hyperplanes) or "sign" (the first `depth` inputs themselves; what
         the gates would learn passes into these inputs).
     gate_gradient: "straight_through": level l's contribution is multiplied by 1 + t - stopgrad(t), t = tanh|g_l|;
-        "sampled": the same for one level a step, in turn, times depth: right on average, and it spares a product a level;
+        "sampled": the same, but of the full levels one a step, in turn, times their number: right on average, and it spares
+        a product for each of them (low-rank levels have theirs at hand);
         "magnitude": level l's contribution is multiplied by tanh|g_l| itself, an ordinary gradient: the layer is continuous
         in its gates, but no longer one matrix a leaf; "none": the gates do not learn.
     storage: "dense": `nn.Parameter`s of all nodes, any torch optimiser trains them. "lazy": rows that are born with
@@ -233,7 +234,9 @@ class TreeLinear(nn.Module):
         if self.gate_gradient == "none":
             return gates_TK.detach()
         soft_TK = gates_TK.abs().tanh()
-        return soft_TK * self.depth if self.gate_gradient == "sampled" else soft_TK
+        if self.gate_gradient == "sampled" and self.full_depth > 1:
+            soft_TK = torch.cat([soft_TK[:, : self.full_depth] * self.full_depth, soft_TK[:, self.full_depth :]], dim=1)
+        return soft_TK
 
     def _before_forward(self) -> None:
         is_recomputing = torch._C._current_graph_task_id() != -1  # by a backward pass, under activation checkpointing
@@ -248,12 +251,14 @@ class TreeLinear(nn.Module):
             self.commit_statistics()
         self._backward_seen = False
 
-    def gate_levels(self) -> range:
-        """Levels whose gates learn from this pass."""
-        if self.gate_gradient != "sampled" or self.gate is None:
-            return range(1, self.depth + 1) if self.gate_gradient == "straight_through" else range(0)
-        level = 1 + (int(self.seed) + int(self.gate.num_commits)) % self.depth  # the same on all ranks, and after a restart
-        return range(level, level + 1)
+    def gate_levels(self) -> list[int]:
+        """Levels whose gates learn from this pass, ascending."""
+        if self.gate_gradient not in {"straight_through", "sampled"} or self.gate is None:
+            return []
+        full = list(range(1, self.full_depth + 1))
+        if self.gate_gradient == "sampled" and full:  # the same level on all ranks, and after a restart
+            full = [full[(int(self.seed) + int(self.gate.num_commits)) % len(full)]]
+        return [*full, *range(self.full_depth + 1, self.depth + 1)]
 
     def note_backward(self, path: TreePath, statistics: Tensor | None) -> None:
         """Record what a backward pass reached: once for each forward, however often that is computed again."""

@@ -120,21 +120,23 @@ def test_with_magnitude_the_layer_is_continuous_where_the_last_bit_flips() -> No
 
 @pytest.mark.parametrize("options", SHAPES)
 @pytest.mark.parametrize("storage", ["dense", "lazy"])
-def test_sampled_gradient_takes_the_levels_in_turn_and_is_straight_through_on_average(
+def test_sampled_gradient_takes_the_full_levels_in_turn_and_is_straight_through_on_average(
     storage: str, options: dict[str, Any]
 ) -> None:
     grads: dict[str, list[tuple[Tensor, Tensor]]] = {"straight_through": [], "sampled": []}
     for gate_gradient, found in grads.items():
         layer = random_tree(4, storage=storage, gate_gradient=gate_gradient, **options).eval()  # which keeps the thresholds
         assert layer.gate is not None
-        for commits in range(4):
+        for commits in range(12):  # a multiple of 4 and of 1 full level
             layer.gate.num_commits.fill_(commits)
             x, layer.gate.weight.grad = tokens(12).requires_grad_(), None
             layer(x).square().sum().backward()
             assert x.grad is not None
             found.append((x.grad, layer.gate.weight.grad))
     learning = [planes.abs().amax(1) > 0 for _, planes in grads["sampled"]]
-    assert torch.stack(learning).sum(0).tolist() == torch.stack(learning).sum(1).tolist() == [1, 1, 1, 1]
+    full_depth = options.get("full_depth", 4)
+    assert torch.stack(learning).sum(0).tolist() == [12 // max(1, full_depth)] * full_depth + [12] * (4 - full_depth)
+    assert torch.stack(learning).sum(1).tolist() == [min(1, full_depth) + 4 - full_depth] * 12
     for full, sampled in zip(zip(*grads["straight_through"], strict=True), zip(*grads["sampled"], strict=True), strict=True):
         torch.testing.assert_close(torch.stack(sampled).mean(0), full[0], **EXACT)
 
