@@ -12,7 +12,9 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import compiler
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
@@ -61,7 +64,8 @@ def initialize(
     if stage == 0:
         ds_config["gradient_clipping"] = 0.0  # NOTE: DeepSpeed's own norm leaves the rows out; `_Stepper` clips instead
     _start_process_group()
-    engine, optimizer, loader, scheduler = deepspeed.initialize(model=model, config=ds_config, **options)
+    with compiling_late():
+        engine, optimizer, loader, scheduler = deepspeed.initialize(model=model, config=ds_config, **options)
     engine.tables = _shard_tables(engine, model, expert_parallel_size, shard_level)
     lockstep = engine.tables.is_sharded or stage == 3
     for module in model.modules():
@@ -70,6 +74,25 @@ def initialize(
     _Stepper(engine, stage, clip).install()
     _carry_tables(engine)
     return engine, optimizer, loader, scheduler
+
+
+@contextmanager
+def compiling_late() -> Iterator[None]:
+    """What DeepSpeed compiles is compiled when it is called: ZeRO imports Muon, of which few have use, 3 s of compilers."""
+    at_once = compiler.compile
+
+    def compile_late(*arguments: Any, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+            compiled = cache(lambda: at_once(*arguments, **options)(function))
+            return wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+        return decorate
+
+    compiler.compile = compile_late
+    try:
+        yield
+    finally:
+        compiler.compile = at_once
 
 
 def _start_process_group() -> None:

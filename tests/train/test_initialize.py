@@ -1,6 +1,7 @@
 """`distcond.initialize` in somebody else's DeepSpeed loop: same results on any ranks, checkpoints that carry the tables."""
 
 import json
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,36 @@ def loop_alone(folder: str) -> list[float]:
     engine, *_ = distcond.initialize(model=model, config=str(file), optimizer=adam)
     assert (engine.tables.optimizer.eps, engine.tables.optimizer.weight_decay) == (ADAM["eps"], ADAM["weight_decay"])
     return train(engine, 0, 3)
+
+
+def loaded_compilers() -> list[bool]:
+    engine = start(1)
+    train(engine, 0, 1)
+    return ["torch._inductor.compile_fx" in sys.modules, "deepspeed.runtime.zero.muon.muon_optimizer" in sys.modules]
+
+
+def test_training_loads_no_compiler() -> None:
+    """3 s of imports, for functions of Muon that ZeRO asks for whatever the optimiser is."""
+    assert run_ranks(loaded_compilers, 1) == [[False, True]]
+
+
+def test_what_is_compiled_late_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.runtime import compiler
+
+    from distcond.train.engine import compiling_late
+
+    asked: list[dict[str, Any]] = []
+
+    def compile_at_once(**options: Any) -> Any:
+        asked.append(options)
+        return lambda function: lambda number: function(number) + 100
+
+    monkeypatch.setattr(compiler, "compile", compile_at_once)
+    with compiling_late():
+        function = compiler.compile(dynamic=True)(abs)
+    assert not asked and compiler.compile is compile_at_once
+    assert [function(-1), function(-2)] == [101, 102]
+    assert asked == [{"dynamic": True}]
 
 
 def test_a_process_on_its_own_needs_no_launcher(tmp_path: Path) -> None:
