@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distcond.nn.gates import Gate
+from distcond.nn.gates import Gate, leaf_index
+from distcond.nn.tree_nodes import dense_node
 from distcond.nn.tree_options import check_options
 from distcond.nn.tree_product import TreeProduct, anchor
 from distcond.nn.tree_state import load_rows, move_rows, row_names, save_rows
@@ -97,7 +98,7 @@ class TreeLinear(nn.Module):
         self._before_forward()
         with torch.autocast(x.device.type, enabled=False):  # bits and rows are fp32 whatever the model computes in
             gates_TK = self._gates(x_TQ)
-            leaf_T = _leaf_index(gates_TK > 0)
+            leaf_T = leaf_index(gates_TK > 0)
             soft_TK = self._soft_bits(gates_TK)
             nodes = self._parameters_of_nodes() if self.table is None else (anchor(x_TQ),)
             statistics = self.gate.statistics(gates_TK) if self.gate is not None and self.training else None
@@ -114,7 +115,7 @@ class TreeLinear(nn.Module):
     @torch.no_grad()
     def leaf(self, x: Tensor) -> Tensor:
         """Index of the leaf, int64 [..., 1] in [0, 2**depth); the first bit is the most significant."""
-        return _leaf_index(self.codes(x))
+        return leaf_index(self.codes(x))
 
     @torch.no_grad()
     def node_weight(self, node_id: int) -> Tensor:
@@ -172,7 +173,7 @@ class TreeLinear(nn.Module):
     # ---- nodes -------------------------------------------------------------------------------------------------------
 
     def _make_parameters(self) -> None:
-        full, nodes = 2 ** (self.full_depth + 1) - 1, 2 ** (self.depth + 1) - 1
+        full, nodes = self.layout.num_full_ids, 2 ** (self.depth + 1) - 1
         low = self.layout.newborn("low", torch.arange(full, nodes))
         fresh = self.layout.as_matrices(self.layout.full.data, low)
         self._register("weight", torch.zeros(full, self.out_features, self.in_features))
@@ -200,20 +201,7 @@ class TreeLinear(nn.Module):
         return () if self.table is not None else (self.weight, self.bias, self.right, self.left)
 
     def _node(self, node_id: int) -> tuple[Tensor, Tensor]:
-        key = self.seed.new_tensor([node_id])
-        full = node_id < 2 ** (self.full_depth + 1) - 1
-        nodes = self.node_tensors(self._parameters_of_nodes())
-        if self.table is not None:
-            row = int((self.table.full if full else self.table.low).find(key))
-            if row < 0:
-                zeros = nodes.bias_SP.new_zeros(self.out_features, self.in_features)
-                return zeros, zeros[:, 0]
-        else:
-            row = node_id if full else node_id - len(nodes.weight_SPQ)
-        if full:
-            return nodes.weight_SPQ[row], nodes.bias_SP[row]
-        left, rank = nodes.left_SxP[row], nodes.right_SrQ.shape[1]
-        return left[:rank].t() @ nodes.right_SrQ[row], left[rank:].sum(0)
+        return dense_node(node_id, self.node_tensors(self._parameters_of_nodes()), self.layout, self.table)
 
     def node_tensors(self, parameters: tuple[Tensor, ...]) -> NodeTensors:
         """The stored nodes as matrices, from the table or from the given parameters."""
@@ -297,10 +285,3 @@ class TreeLinear(nn.Module):
             self.table.seed = int(self.seed)
             for _, store in self.table.stores():
                 self._keep_own(store)
-
-
-def _leaf_index(bits_TK: Tensor) -> Tensor:
-    """Integer b_1 b_2 ... b_K of bool bits [..., K], b_1 most significant; int64 [...]."""
-    depth = bits_TK.shape[-1]
-    places_K = 2 ** torch.arange(depth - 1, -1, -1, device=bits_TK.device)
-    return (bits_TK * places_K).sum(-1)
