@@ -19,7 +19,7 @@ from distcond.ops.path import Level, pick
 def merged_product(x_TQ: Tensor, levels: Sequence[Level], rows: Sequence[Tensor], weight_SPQ: Tensor, bias_SP: Tensor) -> Tensor:
     """Products of sorted tokens with the sums of matrices and biases from the root to their nodes, [T, P].
 
-    levels, rows: from the root to the last merged level; rows of -1 are nodes of zeros.
+    levels, rows: from the roots to the last merged level; rows of -1 are nodes of zeros. Every root exists.
     """
     out_TP, sizes = x_TQ.new_empty(len(x_TQ), bias_SP.shape[1]), levels[-1].sizes
     bias_GP = bias_SP.index_select(0, rows[0])
@@ -40,12 +40,14 @@ def merged_product_backward(grad_TP: Tensor, levels: Sequence[Level], rows: Sequ
 def path_sums(levels: Sequence[Level], rows: Sequence[Tensor], tensor_S: Tensor) -> Iterator[Tensor]:
     """For each node of the last level, in order, the sum of the rows from the root to it; the next one overwrites it."""
     nodes = [pick(tensor_S, rows_G) for rows_G in rows]
-    root = nodes[0][0]
-    assert root is not None
-    sums = [root, *(root.new_empty(root.shape) for _ in rows[1:])]
-    buffers = list(sums)
+    buffers = [tensor_S.new_empty(tensor_S.shape[1:]) for _ in rows]
+    sums = list(buffers)
     for first, chain in _chains(levels):
-        for number in range(first, len(levels)):
+        if first == 0:
+            root = nodes[0][chain[0]]
+            assert root is not None
+            sums[0] = root
+        for number in range(max(1, first), len(levels)):
             node = nodes[number][chain[number]]
             above = sums[number - 1]
             sums[number] = above if node is None else torch.add(above, node, out=buffers[number])
@@ -91,11 +93,11 @@ def _starts(levels: Sequence[Level]) -> list[int]:
 def _chains(levels: Sequence[Level]) -> Iterator[tuple[int, list[int]]]:
     """For each node of the last level: the first level on which its path leaves that of the node before, and the path."""
     parents = [level.parent_G.tolist() for level in levels]
-    before = [0] + [-1] * (len(levels) - 1)
+    before = [-1] * len(levels)
     for leaf in range(len(levels[-1].nodes_G)):
         chain = [leaf] * len(levels)
         for number in range(len(levels) - 1, 0, -1):
             chain[number - 1] = parents[number][chain[number]]
-        first = next((number for number in range(1, len(levels)) if chain[number] != before[number]), len(levels))
+        first = next(number for number in range(len(levels)) if chain[number] != before[number])
         yield first, chain
         before = chain

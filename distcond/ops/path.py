@@ -36,14 +36,22 @@ class NodeTensors(NamedTuple):
         return self.right_SrQ.shape[1:].numel() + self.left_SxP.shape[1:].numel()
 
 
+def first_node(level: int, num_trees: int = 1) -> int:
+    """Id of the first node of a level. Ids follow level by level, in a level tree by tree: heap order where there is one tree.
+
+    The roots are 0 to num_trees - 1, the children of n are 2 n + num_trees and the next one.
+    """
+    return int(num_trees * (2**level - 1))
+
+
 @dataclass
 class Level:
     """The nodes of one level that tokens visit, in the order of the sorted tokens."""
 
     nodes_G: Tensor
-    "int64, heap order: 2**level - 1 + prefix, ascending."
+    "int64, ascending: `first_node` of the level + (tree << level) + prefix."
     parent_G: Tensor
-    "int64, index of each node's parent among the nodes of the level above."
+    "int64, index of each node's parent among the nodes of the level above; of no meaning for roots."
     count_G: Tensor
     "int64, tokens of each node: lengths of the runs of sorted tokens."
 
@@ -70,29 +78,34 @@ class FlatPath(NamedTuple):
 
 @dataclass(slots=True)
 class TreePath:
-    """Tokens sorted by leaf, and the nodes they pass on every level."""
+    """Tokens sorted by leaf, and the nodes they pass on every level. In a forest, a token here is one for each of its trees."""
 
     order_T: Tensor
     "int64, sorted position -> token."
     place_T: Tensor
     "int64, token -> sorted position."
     levels: list[Level]
-    "K + 1 levels, the root first."
+    "K + 1 levels, the roots first."
     known_flat: FlatPath | None = None
 
     @classmethod
-    def of(cls, leaf_T: Tensor, depth: int) -> "TreePath":
-        """Path of int64 leaf indices in [0, 2**depth)."""
+    def of(cls, leaf_T: Tensor, depth: int, num_trees: int = 1) -> "TreePath":
+        """Path of int64 leaf indices in [0, num_trees * 2**depth): tree << depth | leaf."""
         sorted_T, order_T = torch.sort(leaf_T, stable=True)
         prefix_G, counts_G = torch.unique_consecutive(sorted_T, return_counts=True)
         levels: list[Level] = []
         for level in range(depth, -1, -1):
             up_G, parent_G, up_sizes = torch.unique_consecutive(prefix_G >> 1, return_inverse=True, return_counts=True)
-            levels.append(Level(nodes_G=prefix_G + (2**level - 1), parent_G=parent_G, count_G=counts_G))
+            levels.append(Level(nodes_G=prefix_G + first_node(level, num_trees), parent_G=parent_G, count_G=counts_G))
             counts_G = torch.zeros_like(up_sizes).index_add_(0, parent_G, counts_G)
             prefix_G = up_G
         place_T = torch.empty_like(order_T).index_copy_(0, order_T, torch.arange(len(order_T), device=order_T.device))
         return cls(order_T, place_T, levels[::-1])
+
+    def in_order(self, x_TQ: Tensor) -> Tensor:
+        """Rows sorted by leaf, [T, Q]. Of fewer rows than tokens, each serves as many tokens that follow each other."""
+        trees = len(self.order_T) // max(1, len(x_TQ))
+        return x_TQ.index_select(0, self.order_T if trees == 1 else self.order_T // trees)
 
     def flat(self) -> FlatPath:
         """The same nodes as one list."""

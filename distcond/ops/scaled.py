@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distcond.ops.gathered import add_gathered, gathered_backward
 from distcond.ops.grouped import add_grouped_product, grouped_outer, grouped_product
+from distcond.ops.merged import bias_gradient, merged_product, merged_product_backward, weight_gradient
 from distcond.ops.path import NodeTensors, Schedule, TreePath, pick
 from distcond.ops.tree_matmul import hidden_units, values_per_token
 
@@ -21,12 +22,11 @@ from distcond.ops.tree_matmul import hidden_units, values_per_token
 def scaled_forward(
     x_TQ: Tensor, scale_TK: Tensor, path: TreePath, rows: Sequence[Tensor], nodes: NodeTensors, schedule: Schedule
 ) -> Tensor:
-    """Root's product plus the sum of scale_l (U_l x + c_l) along each token's path, [T, P]; else as `tree_forward`."""
+    """The root's product plus the sum of scale_l (U_l x + c_l) along each token's path, [T, P]; else as `tree_forward`."""
     if not len(x_TQ):
         return x_TQ.new_zeros(0, nodes.bias_SP.shape[1])
-    x_TQ, scale_TK = x_TQ.index_select(0, path.order_T), scale_TK.index_select(0, path.order_T)
-    root = int(rows[0])
-    y_TP = torch.nn.functional.linear(x_TQ, nodes.weight_SPQ[root], nodes.bias_SP[root])
+    x_TQ, scale_TK = path.in_order(x_TQ), path.in_order(scale_TK)
+    y_TP = merged_product(x_TQ, path.levels[:1], rows[:1], nodes.weight_SPQ, nodes.bias_SP)
     for number in range(1, schedule.gathered):
         level, rows_G, scale_T1 = path.levels[number], rows[number], scale_TK[:, number - 1 : number]
         if number <= schedule.full_depth:
@@ -51,15 +51,15 @@ def scaled_backward(
     schedule: Schedule,
     out: NodeTensors,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `scaled_forward` with respect to x, [T, Q], and to the scale, [T, K]; `out` as in `tree_backward`."""
+    """Gradients of `scaled_forward` for each token's x, [T, Q], and the scale, [T, K]; `out` as in `tree_backward`."""
     grad_scale_TK = torch.zeros_like(scale_TK)
     if not len(x_TQ):
         return torch.zeros_like(x_TQ), grad_scale_TK
-    x_TQ, grad_TP, scale_TK = (part.index_select(0, path.order_T) for part in (x_TQ, grad_TP, scale_TK))
+    x_TQ, grad_TP, scale_TK = (path.in_order(part) for part in (x_TQ, grad_TP, scale_TK))
     width, rank, slots = x_TQ.shape[1], nodes.right_SrQ.shape[1], _slots(rows, schedule.full_depth)
-    grad_x_TQ = grad_TP @ nodes.weight_SPQ[int(rows[0])]
-    torch.mm(grad_TP.t(), x_TQ, out=out.weight_SPQ[0])
-    torch.sum(grad_TP, dim=0, out=out.bias_SP[0])
+    grad_x_TQ = merged_product_backward(grad_TP, path.levels[:1], rows[:1], nodes.weight_SPQ)
+    weight_gradient(x_TQ, grad_TP, path.levels[:1], out.weight_SPQ[slots[0]])
+    bias_gradient(grad_TP, path.levels[:1], out.bias_SP[slots[0]])
     for number in range(1, schedule.gathered):
         level, rows_G, part, scale_T1 = path.levels[number], rows[number], slots[number], scale_TK[:, number - 1 : number]
         scaled_TP = grad_TP * scale_T1

@@ -20,26 +20,27 @@ from distcond.ops.merged import bias_gradient, merged_product, merged_product_ba
 from distcond.ops.path import Level, NodeTensors, Schedule, TreePath, pick
 
 
-def tree_path(leaf_T: Tensor, depth: int) -> TreePath:
-    """Path of int64 leaf indices in [0, 2**depth), by the kernels that are chosen."""
-    if native.kernels() == "native" and len(leaf_T) and leaf_T.device.type == "cpu":
+def tree_path(leaf_T: Tensor, depth: int, num_trees: int = 1) -> TreePath:
+    """`TreePath.of`, by the kernels that are chosen; the native ones know one tree."""
+    if native.kernels() == "native" and num_trees == 1 and len(leaf_T) and leaf_T.device.type == "cpu":
         return native.path_of(leaf_T, depth)
-    return TreePath.of(leaf_T, depth)
+    return TreePath.of(leaf_T, depth, num_trees)
 
 
 def tree_forward(x_TQ: Tensor, path: TreePath, rows: Sequence[Tensor], nodes: NodeTensors, schedule: Schedule) -> Tensor:
-    """Sum of the products along each token's path, [T, P], in the order of x.
+    """Sum of the products along each token's path, [T, P], in the order of the leaves.
 
+    x: one row a token, or in a forest one for all trees of a token (`TreePath.in_order`).
     rows: per level, the stored row of each of its nodes, -1 where the node does not exist (which is a node of zeros).
     """
     if not len(x_TQ):
         return x_TQ.new_zeros(0, nodes.bias_SP.shape[1])
-    if native.serves(x_TQ, nodes):
+    if len(rows[0]) == 1 and native.serves(x_TQ, nodes):
         return native.forward(x_TQ, path, rows, nodes, schedule.full_depth)
-    if len(rows) == 1:
+    if len(rows) == 1 and len(rows[0]) == 1:
         root = int(rows[0])
         return torch.nn.functional.linear(x_TQ, nodes.weight_SPQ[root], nodes.bias_SP[root])
-    x_TQ = x_TQ.index_select(0, path.order_T)
+    x_TQ = path.in_order(x_TQ)
     shallow = slice(schedule.merged + 1)
     y_TP = merged_product(x_TQ, path.levels[shallow], rows[shallow], nodes.weight_SPQ, nodes.bias_SP)
     for number in range(schedule.merged + 1, schedule.gathered):
@@ -64,19 +65,19 @@ def tree_backward(
     gate_levels: Collection[int],
     out: NodeTensors,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `tree_forward` with respect to x, [T, Q], and to the level multipliers, [T, K].
+    """Gradients of `tree_forward` with respect to each token's x, [T, Q], and to the level multipliers, [T, K].
 
     The multiplier of a level is the factor 1 that its contribution U_l x + c_l carries; the gates learn through it. It is
     computed for `gate_levels`, and zero for the others. Every row must exist (rows >= 0). out: written with the gradients
     of the touched nodes, the nodes of all levels of a kind one after the other. Those of full nodes are formed at the
     deepest full level and summed up the tree.
     """
-    grad_levels_TK = x_TQ.new_zeros(len(x_TQ), len(rows) - 1)
+    grad_levels_TK = x_TQ.new_zeros(len(grad_TP), len(rows) - 1)
     if not len(x_TQ):
         return torch.zeros_like(x_TQ), grad_levels_TK
-    if native.serves(x_TQ, nodes):
+    if len(rows[0]) == 1 and native.serves(x_TQ, nodes):
         return native.backward(x_TQ, grad_TP, path, rows, nodes, schedule.full_depth, gate_levels, out)
-    x_TQ, grad_TP = x_TQ.index_select(0, path.order_T), grad_TP.index_select(0, path.order_T)
+    x_TQ, grad_TP = path.in_order(x_TQ), path.in_order(grad_TP)
     width, shallow = x_TQ.shape[1], slice(schedule.merged + 1)
     grad_x_TQ = merged_product_backward(grad_TP, path.levels[shallow], rows[shallow], nodes.weight_SPQ)
     first_low = 0

@@ -20,7 +20,7 @@ def test_forward_is_the_scaled_sum_along_each_tokens_path(
     depth: int, full_depth: int, details: dict[str, Any], missing: float
 ) -> None:
     case = make_case(depth, full_depth, missing=missing, **details)
-    scale = factors(len(case.x), depth)
+    scale = factors(len(case.leaf), depth)
     expected = naive(case, case.nodes, case.x, scale)
     for schedule in schedules(case):
         y = scaled_forward(case.x, scale, case.path, case.rows, case.nodes, schedule)
@@ -31,7 +31,7 @@ def test_forward_is_the_scaled_sum_along_each_tokens_path(
 @pytest.mark.parametrize(("depth", "full_depth"), SHAPES)
 def test_backward_is_the_gradient_of_the_scaled_sum(depth: int, full_depth: int, details: dict[str, Any]) -> None:
     case = make_case(depth, full_depth, **details)
-    x, scale = case.x.clone().requires_grad_(), factors(len(case.x), depth).requires_grad_()
+    x, scale = case.x.clone().requires_grad_(), factors(len(case.leaf), depth).requires_grad_()
     nodes = NodeTensors(*(tensor.clone().requires_grad_() for tensor in case.nodes))
     y = naive(case, nodes, x, scale)
     grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
@@ -39,8 +39,9 @@ def test_backward_is_the_gradient_of_the_scaled_sum(depth: int, full_depth: int,
     wanted = torch.autograd.grad((y * grad_y).sum() + 0 * linked, (x, scale, *nodes))
     for schedule in schedules(case):
         out = NodeTensors(*(torch.full_like(tensor, torch.nan) for tensor in case.nodes))  # every number must be written
-        grads = scaled_backward(case.x, scale.detach(), grad_y, case.path, case.rows, case.nodes, schedule, out)
-        torch.testing.assert_close(grads, wanted[:2], **EXACT)
+        grad_x, grad_scale = scaled_backward(case.x, scale.detach(), grad_y, case.path, case.rows, case.nodes, schedule, out)
+        torch.testing.assert_close(grad_x.unflatten(0, (-1, case.trees)).sum(1), wanted[0], **EXACT)
+        torch.testing.assert_close(grad_scale, wanted[1], **EXACT)
         assert_rows_hold(out[:2], case.rows[: full_depth + 1], wanted[2:4])
         if full_depth < depth:
             assert_rows_hold(out[2:], case.rows[full_depth + 1 :], wanted[4:])

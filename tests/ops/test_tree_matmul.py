@@ -24,24 +24,24 @@ def random_leaves(tokens: int, depth: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 13])
-@pytest.mark.parametrize("depth", [0, 1, 2, 5, 40, 62])
-def test_path_is_the_distinct_prefixes_of_sorted_tokens(depth: int, tokens: int) -> None:
-    leaf = random_leaves(tokens, depth)
+@pytest.mark.parametrize(("depth", "trees"), [*((depth, 1) for depth in (0, 1, 2, 5, 40, 62)), (0, 3), (2, 3), (60, 4), (5, 64)])
+def test_path_is_the_distinct_prefixes_of_sorted_tokens(depth: int, trees: int, tokens: int) -> None:
+    leaf = random_leaves(tokens, depth) + (torch.arange(tokens) % trees << depth)
     if tokens > 1:
-        leaf[0], leaf[1] = 2**depth - 1, 0  # both ends of the tree
-    path = TreePath.of(leaf, depth)
+        leaf[0], leaf[1] = trees * 2**depth - 1, 0  # both ends of the forest
+    path = TreePath.of(leaf, depth, trees)
     assert sorted(path.order_T.tolist()) == list(range(tokens))
     assert torch.equal(path.order_T[path.place_T], torch.arange(tokens))
     assert len(path.levels) == depth + 1
-    above: list[int] = [0]
+    above: list[int] = []
     for number, level in enumerate(path.levels):
-        node_of = [2**number - 1 + (value >> (depth - number)) for value in leaf.tolist()]
+        node_of = [trees * (2**number - 1) + (value >> (depth - number)) for value in leaf.tolist()]
         nodes = level.nodes_G.tolist()
         assert nodes == sorted(set(node_of))
         runs = [run.tolist() for run in path.order_T.split(level.sizes)]
         assert [[node_of[token] for token in run] for run in runs] == [[node] * node_of.count(node) for node in nodes]
         if number:
-            assert [above[parent] for parent in level.parent_G.tolist()] == [(node - 1) // 2 for node in nodes]
+            assert [above[parent] for parent in level.parent_G.tolist()] == [(node - trees) // 2 for node in nodes]
         above = nodes
 
 
@@ -64,6 +64,7 @@ class Case:
     nodes: NodeTensors
     full_depth: int
     rank: int
+    trees: int
 
 
 def make_case(
@@ -75,11 +76,12 @@ def make_case(
     bias: int = 1,
     missing: float = 0.0,
     seed: int = 0,
+    trees: int = 1,
 ) -> Case:
     p, q, rank = sizes
     generator = torch.Generator().manual_seed(seed)
-    leaf = random_leaves(tokens, depth, seed)
-    path = TreePath.of(leaf, depth)
+    leaf = random_leaves(tokens * trees, depth, seed) + (torch.arange(trees) << depth).repeat(tokens)
+    path = TreePath.of(leaf, depth, trees)
     rows, sizes_of_kind = [], {True: 0, False: 0}
     for number, level in enumerate(path.levels):
         full = number <= full_depth
@@ -99,20 +101,21 @@ def make_case(
     nodes = NodeTensors(
         numbers(num_full, p, q), numbers(num_full, p), numbers(num_low, rank, q), numbers(num_low, rank + bias, p)
     )
-    return Case(numbers(tokens, q), leaf, path, rows, nodes, full_depth, rank)
+    return Case(numbers(tokens, q), leaf, path, rows, nodes, full_depth, rank, trees)
 
 
 def contribution(case: Case, token: int, number: int, nodes: NodeTensors, x: Tensor) -> Tensor:
     """U_l x + c_l of one token on one level; zeros where the node is missing."""
     level = case.path.levels[number]
     depth = len(case.path.levels) - 1
-    node = 2**number - 1 + (int(case.leaf[token]) >> (depth - number))
+    node = case.trees * (2**number - 1) + (int(case.leaf[token]) >> (depth - number))
+    x_Q = x[token // case.trees]
     row = int(case.rows[number][level.nodes_G.tolist().index(node)])
     if row < 0:
         return x.new_zeros(nodes.bias_SP.shape[1])
     if number <= case.full_depth:
-        return nodes.weight_SPQ[row] @ x[token] + nodes.bias_SP[row]
-    return nodes.left_SxP[row, : case.rank].T @ (nodes.right_SrQ[row] @ x[token]) + nodes.left_SxP[row, case.rank :].sum(0)
+        return nodes.weight_SPQ[row] @ x_Q + nodes.bias_SP[row]
+    return nodes.left_SxP[row, : case.rank].T @ (nodes.right_SrQ[row] @ x_Q) + nodes.left_SxP[row, case.rank :].sum(0)
 
 
 def naive(case: Case, nodes: NodeTensors, x: Tensor, multiplier_TK: Tensor) -> Tensor:
@@ -122,7 +125,7 @@ def naive(case: Case, nodes: NodeTensors, x: Tensor, multiplier_TK: Tensor) -> T
             (multiplier_TK[t, level - 1] * contribution(case, t, level, nodes, x) for level in range(1, depth + 1)),
             contribution(case, t, 0, nodes, x),
         )
-        for t in range(len(x))
+        for t in range(len(case.leaf))
     ]
     return torch.stack(outputs) if outputs else x.new_zeros(0, nodes.bias_SP.shape[1])
 
@@ -136,6 +139,8 @@ DETAILS = [
     {"tokens": 1, "bias": 0},
     {"sizes": (1, 1, 1), "seed": 1},
     {"sizes": (4, 3, 3), "tokens": 30, "seed": 2},
+    {"trees": 3, "tokens": 7},
+    {"trees": 2, "tokens": 1, "bias": 0},
 ]
 
 
@@ -152,7 +157,7 @@ def schedules(case: Case) -> list[Schedule]:
 @pytest.mark.parametrize(("depth", "full_depth"), SHAPES)
 def test_forward_is_the_sum_along_each_tokens_path(depth: int, full_depth: int, details: dict, missing: float) -> None:
     case = make_case(depth, full_depth, missing=missing, **details)
-    expected = naive(case, case.nodes, case.x, torch.ones(len(case.x), depth, dtype=torch.float64))
+    expected = naive(case, case.nodes, case.x, torch.ones(len(case.leaf), depth, dtype=torch.float64))
     for schedule in schedules(case):
         y = tree_forward(case.x, case.path, case.rows, case.nodes, schedule)
         torch.testing.assert_close(y, expected, **EXACT)
@@ -162,7 +167,7 @@ def test_forward_before_any_low_rank_row_exists_is_the_full_part_alone() -> None
     case = make_case(4, 1, missing=0.0)
     bare = NodeTensors(*case.nodes[:2], *(tensor[:0] for tensor in case.nodes[2:]))
     rows = [*case.rows[:2], *(torch.full_like(row, -1) for row in case.rows[2:])]
-    missing = Case(case.x, case.leaf, case.path, rows, bare, 1, case.rank)
+    missing = Case(case.x, case.leaf, case.path, rows, bare, 1, case.rank, 1)
     expected = naive(missing, bare, case.x, torch.ones(11, 4, dtype=torch.float64))
     for schedule in schedules(case):
         y = tree_forward(case.x, case.path, rows, bare, schedule)
@@ -196,7 +201,7 @@ def test_backward_is_the_gradient_of_the_sum(depth: int, full_depth: int, detail
     case = make_case(depth, full_depth, **details)
     x = case.x.clone().requires_grad_()
     nodes = NodeTensors(*(tensor.clone().requires_grad_() for tensor in case.nodes))
-    multiplier = torch.ones(len(x), depth, dtype=torch.float64, requires_grad=True)
+    multiplier = torch.ones(len(case.leaf), depth, dtype=torch.float64, requires_grad=True)
     y = naive(case, nodes, x, multiplier)
     grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     linked = sum(tensor.sum() for tensor in (x, multiplier, *nodes))
@@ -205,7 +210,7 @@ def test_backward_is_the_gradient_of_the_sum(depth: int, full_depth: int, detail
         out = NodeTensors(*(torch.full_like(tensor, torch.nan) for tensor in case.nodes))  # every number must be written
         backward = (case.x, grad_y, case.path, case.rows, case.nodes, schedule, gate_levels, out)
         grad_x, grad_levels = tree_backward(*backward)
-        torch.testing.assert_close(grad_x, wanted[0], **EXACT)
+        torch.testing.assert_close(grad_x.unflatten(0, (-1, case.trees)).sum(1), wanted[0], **EXACT)
         mask = torch.tensor([float(level in gate_levels) for level in range(1, depth + 1)], dtype=torch.float64)
         torch.testing.assert_close(grad_levels, wanted[1] * mask, **EXACT)
         assert_rows_hold(out[:2], case.rows[: full_depth + 1], wanted[2:4])
