@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from distcond.ops import NodeTensors
+from distcond.ops import NodeTensors, first_node
 from distcond.table.random_rows import uniform_rows
 from distcond.table.rows import RowStore
 
@@ -18,14 +18,25 @@ class NodeTable:
 
     Full nodes and left factors are born as zeros; right factors as uniform numbers of variance 1 / in_features, a pure
     function of (seed, node id). Rows are float32.
+
+    out_features: of one tree. num_trees: how many share the table; ids are those of `first_node`.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, depth: int, full_depth: int, rank: int, *, seed: int, bias: bool
+        self,
+        in_features: int,
+        out_features: int,
+        depth: int,
+        full_depth: int,
+        rank: int,
+        *,
+        seed: int,
+        bias: bool,
+        num_trees: int = 1,
     ) -> None:
         self.in_features, self.out_features = in_features, out_features
         self.depth, self.full_depth, self.rank = depth, full_depth, rank
-        self.seed, self.has_bias = seed, bias
+        self.seed, self.has_bias, self.num_trees = seed, bias, num_trees
         bias_width = out_features if bias else 0
         self.full = RowStore(out_features * in_features + bias_width)
         self.low = RowStore(rank * (in_features + out_features) + bias_width)
@@ -33,7 +44,12 @@ class NodeTable:
     @property
     def num_full_ids(self) -> int:
         """Node ids below this one belong to full nodes."""
-        return int(2 ** (self.full_depth + 1)) - 1
+        return first_node(self.full_depth + 1, self.num_trees)
+
+    @property
+    def num_ids(self) -> int:
+        """Number of nodes if every one exists."""
+        return first_node(self.depth + 1, self.num_trees)
 
     def stores(self) -> Iterator[tuple[str, RowStore]]:
         """The two kinds of rows by name; the low-rank one only where levels use it."""

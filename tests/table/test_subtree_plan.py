@@ -7,59 +7,60 @@ from distcond.table import SubtreePlan
 from distcond.table.plan import SUBTREES_PER_RANK, node_level
 
 PLANS = [
-    (depth, ranks, shard_level) for depth in (0, 1, 2, 5) for ranks in (1, 2, 3, 4, 5) for shard_level in (None, 0, 1, 3, 20)
-]
+    (depth, ranks, shard_level, 1) for depth in (0, 1, 2, 5) for ranks in (1, 2, 3, 4, 5) for shard_level in (None, 0, 1, 3, 20)
+] + [(depth, ranks, shard_level, 3) for depth in (0, 2, 4) for ranks in (2, 3, 5) for shard_level in (None, 0, 1)]
 
 
-def path(leaf: int, depth: int) -> list[int]:
-    return [2**level - 1 + (leaf >> (depth - level)) for level in range(depth + 1)]
+def path(leaf: int, depth: int, trees: int) -> list[int]:
+    return [trees * (2**level - 1) + (leaf >> (depth - level)) for level in range(depth + 1)]
 
 
-@pytest.mark.parametrize("level", range(63))
-def test_level_is_exact_at_both_ends_and_beside_them(level: int) -> None:
-    first, last = 2**level - 1, 2 ** (level + 1) - 2
+@pytest.mark.parametrize(("level", "trees"), [*((level, 1) for level in range(63)), (0, 3), (1, 3), (60, 3), (56, 64)])
+def test_level_is_exact_at_both_ends_and_beside_them(level: int, trees: int) -> None:
+    first, last = trees * (2**level - 1), trees * (2 ** (level + 1) - 1) - 1
     nodes = sorted({first, min(first + 1, last), (first + last) // 2, max(last - 1, first), last})
-    assert node_level(torch.tensor(nodes)).tolist() == [level] * len(nodes)
+    assert node_level(torch.tensor(nodes), trees).tolist() == [level] * len(nodes)
 
 
-@pytest.mark.parametrize(("depth", "ranks", "shard_level"), PLANS)
+@pytest.mark.parametrize(("depth", "ranks", "shard_level", "trees"), PLANS)
 def test_nodes_above_the_shard_level_are_everywhere_and_each_subtree_below_has_one_home(
-    depth: int, ranks: int, shard_level: int | None
+    depth: int, ranks: int, shard_level: int | None, trees: int
 ) -> None:
-    plan = SubtreePlan.make(depth, ranks, shard_level)
-    nodes = torch.arange(2 ** (depth + 1) - 1)
+    plan = SubtreePlan.make(depth, ranks, shard_level, trees)
+    nodes = torch.arange(trees * (2 ** (depth + 1) - 1))
     owner = plan.node_owner(nodes)
     if not plan.is_sharded:
         assert owner.tolist() == [-1] * len(nodes)
         return
-    level = node_level(nodes)
+    level = node_level(nodes, trees)
     assert (owner[level < plan.shard_level] == -1).all()
     below = level >= plan.shard_level
     assert ((owner[below] >= 0) & (owner[below] < ranks)).all()
     inside = level > plan.shard_level
-    assert torch.equal(owner[inside], owner[(nodes[inside] - 1) // 2])  # a child lives with its parent
+    assert torch.equal(owner[inside], owner[(nodes[inside] - trees) // 2])  # a child lives with its parent
 
 
-SHARDED = [plan for plan in [*PLANS, (40, 3, None), (62, 4, None)] if SubtreePlan.make(*plan).is_sharded]
+SHARDED = [plan for plan in [*PLANS, (40, 3, None, 1), (62, 4, None, 1), (60, 4, None, 3)] if SubtreePlan.make(*plan).is_sharded]
 
 
-@pytest.mark.parametrize(("depth", "ranks", "shard_level"), SHARDED)
-def test_the_owner_of_a_leaf_holds_every_node_on_its_path(depth: int, ranks: int, shard_level: int | None) -> None:
-    plan = SubtreePlan.make(depth, ranks, shard_level)
-    leaves = torch.randint(2**depth, (64,), generator=torch.Generator().manual_seed(0))
-    leaves[0], leaves[1] = 0, 2**depth - 1
+@pytest.mark.parametrize(("depth", "ranks", "shard_level", "trees"), SHARDED)
+def test_the_owner_of_a_leaf_holds_every_node_on_its_path(depth: int, ranks: int, shard_level: int | None, trees: int) -> None:
+    plan = SubtreePlan.make(depth, ranks, shard_level, trees)
+    leaves = torch.randint(trees * 2**depth, (64,), generator=torch.Generator().manual_seed(0))
+    leaves[0], leaves[1] = 0, trees * 2**depth - 1
     for leaf, owner in zip(leaves.tolist(), plan.owner(leaves).tolist(), strict=True):
-        homes = plan.node_owner(torch.tensor(path(leaf, depth))).tolist()
+        homes = plan.node_owner(torch.tensor(path(leaf, depth, trees))).tolist()
         assert homes == [-1] * plan.shard_level + [owner] * (depth + 1 - plan.shard_level)
 
 
+@pytest.mark.parametrize("trees", [1, 2, 3, 100])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7, 8])
-def test_by_default_every_rank_gets_several_subtrees_and_nearly_as_many_as_the_next(ranks: int) -> None:
-    plan = SubtreePlan.make(12, ranks)
+def test_by_default_every_rank_gets_several_subtrees_and_nearly_as_many_as_the_next(ranks: int, trees: int) -> None:
+    plan = SubtreePlan.make(12, ranks, num_trees=trees)
     counts = torch.bincount(torch.tensor(plan.owner_S), minlength=ranks)
-    assert len(plan.owner_S) == 2**plan.shard_level
+    assert len(plan.owner_S) == trees * 2**plan.shard_level
     assert counts.min() >= SUBTREES_PER_RANK and counts.max() - counts.min() <= 1
-    assert 2 ** (plan.shard_level - 1) < SUBTREES_PER_RANK * ranks  # the least such level
+    assert plan.shard_level == 0 or trees * 2 ** (plan.shard_level - 1) < SUBTREES_PER_RANK * ranks  # the least such level
 
 
 @pytest.mark.parametrize(("depth", "ranks", "sharded"), [(3, 1, False), (0, 2, False), (1, 2, True), (1, 3, False), (2, 3, True)])
