@@ -9,7 +9,7 @@ import torch
 
 from distcond import bench, cli
 from distcond.bench import timing
-from distcond.bench.timing import Machine, time_beside_limits, time_in_turn
+from distcond.bench.timing import Machine, Place, time_beside_limits, time_in_turn
 from distcond.bench.tree import Case, prepared_layer, work_of
 
 
@@ -51,6 +51,12 @@ def test_work_of_a_tree_counts_each_touched_node_once() -> None:
     assert traffic == 2 * 4 * (full * (4 * 4 + 4) + low * (2 * (4 + 4) + 4))  # read weights, write gradients; fp32
     assert flops == 2 * 3 * (3 * (4 * 4 + 2 * (4 + 4)) + 2 * 4)
     assert layer.num_materialized == full + low
+
+
+def test_tokens_have_the_precision_asked_for_and_rows_that_of_masters() -> None:
+    place = Place(torch.device("cpu"), torch.bfloat16)
+    layer, x = prepared_layer(Case(depth=2, tokens=3, width=4, full_depth=2), place)
+    assert (x.dtype, layer(x).dtype, layer.node_weight(0).dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
 
 
 def test_layers_and_leaves_are_as_asked() -> None:

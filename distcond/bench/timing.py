@@ -9,9 +9,21 @@ from dataclasses import dataclass
 import torch
 
 REPEATS = 7
-GEMM_SIZE = 1024
+GEMM_SIZE, DEVICE_GEMM_SIZE = 1024, 8192
+"Rows of the square product on a CPU, and on a GPU, which needs a large one to be busy."
 COPY_NUMBERS = 2**25
 "fp32 numbers of the copy that bandwidth is measured with: 128 MiB, more than caches hold."
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where layers are timed, and the precision of what passes between them."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+CPU = Place(torch.device("cpu"), torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +37,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What bounds any layer here: fp32 matrix products, and memory, as a copy sees it: read and write counted."""
+    """What bounds any layer here: matrix products, and memory, as a copy sees it: read and write counted."""
 
     flops_per_s: float
     bytes_per_s: float
@@ -33,6 +45,13 @@ class Machine:
     def floor_ms(self, flops: float, traffic: float) -> float:
         """Least time for this many operations and bytes of memory traffic."""
         return 1e3 * max(flops / self.flops_per_s, traffic / self.bytes_per_s)
+
+
+def places() -> list[Place]:
+    """The GPU in both precisions where there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return [CPU]
+    return [Place(torch.device("cuda"), dtype) for dtype in (torch.float32, torch.bfloat16)]
 
 
 def time_in_turn(functions: Mapping[str, Callable[[], object]], repeats: int = REPEATS) -> dict[str, Timing]:
@@ -45,23 +64,31 @@ def time_in_turn(functions: Mapping[str, Callable[[], object]], repeats: int = R
     try:
         for _ in range(repeats):
             for name, function in functions.items():
+                _wait_for_device()
                 start = time.perf_counter()
                 function()
+                _wait_for_device()
                 taken[name].append(1e3 * (time.perf_counter() - start))
     finally:
         gc.enable()
     return {name: _timing(milliseconds) for name, milliseconds in taken.items()}
 
 
-def time_beside_limits(functions: Mapping[str, Callable[[], object]]) -> tuple[dict[str, Timing], Machine]:
+def time_beside_limits(functions: Mapping[str, Callable[[], object]], place: Place = CPU) -> tuple[dict[str, Timing], Machine]:
     """`time_in_turn`, and what the machine could do meanwhile: a square product and a copy, timed in the same rounds."""
-    left, right = torch.randn(GEMM_SIZE, GEMM_SIZE), torch.randn(GEMM_SIZE, GEMM_SIZE)
-    product, source = torch.empty_like(left), torch.ones(COPY_NUMBERS)
+    size = GEMM_SIZE if place.device.type == "cpu" else DEVICE_GEMM_SIZE
+    left, right = torch.randn(2, size, size).to(place.device, place.dtype).unbind()
+    product, source = torch.empty_like(left), torch.ones(COPY_NUMBERS, device=place.device)
     target = torch.zeros_like(source)
     limits = {"a product": lambda: torch.mm(left, right, out=product), "a copy": lambda: target.copy_(source)}
     times = time_in_turn({**functions, **limits})
     product_s, copy_s = (1e-3 * times.pop(name).median for name in limits)
-    return times, Machine(2 * GEMM_SIZE**3 / product_s, 2 * source.nbytes / copy_s)
+    return times, Machine(2 * size**3 / product_s, 2 * source.nbytes / copy_s)
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _timing(milliseconds: list[float]) -> Timing:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from distcond.bench.report import Row
-from distcond.bench.timing import time_beside_limits
+from distcond.bench.timing import CPU, Place, places, time_beside_limits
 from distcond.nn import TreeLinear
 from distcond.ops import TreePath
 from distcond.optim import RowAdam
@@ -38,18 +38,21 @@ DEEP = [Case(20, 4096, 256, 6, rank, leaves=leaves) for rank in (1, 4) for leave
 
 
 def bench_tree(quick: bool = False) -> Iterator[Row]:
-    """Forward and backward, fp32, lazily stored nodes that exist; one row a case."""
+    """Forward and backward, lazily stored fp32 nodes that exist; one row a case and precision of the tokens."""
     for case in QUICK if quick else [*FULL_NODES, *AGAINST_DENSE, *DEEP]:
-        yield _row(case)
+        for place in places():
+            yield _row(case, place)
 
 
-def _row(case: Case) -> Row:
+def _row(case: Case, place: Place) -> Row:
     torch.manual_seed(0)
-    layer, x = prepared_layer(case)
-    dense, grad = nn.Linear(case.width, case.width), torch.randn(case.tokens, case.width)
-    times, machine = time_beside_limits({"tree": _step(layer, x, grad), "dense": _step(dense, x, grad)})
+    layer, x = prepared_layer(case, place)
+    dense, grad = nn.Linear(case.width, case.width).to(place.device, place.dtype), torch.randn_like(x)
+    times, machine = time_beside_limits({"tree": _step(layer, x, grad), "dense": _step(dense, x, grad)}, place)
     floor = machine.floor_ms(*work_of(case, layer, x))
     return {
+        "device": place.device.type,
+        "dtype": str(place.dtype).removeprefix("torch."),
         "depth": case.depth,
         "full depth": case.full_depth,
         "rank": case.rank,
@@ -66,15 +69,15 @@ def _row(case: Case) -> Row:
     }
 
 
-def prepared_layer(case: Case) -> tuple[TreeLinear, Tensor]:
-    """A layer and tokens, with every node that they pass."""
+def prepared_layer(case: Case, place: Place = CPU) -> tuple[TreeLinear, Tensor]:
+    """A layer and tokens, with every node that they pass; the rows are fp32 whatever the tokens."""
     shape = (case.width, case.width, case.depth, case.full_depth, case.rank)
-    layer = TreeLinear(*shape, gate="hash", gate_gradient=case.gate_gradient, storage="lazy")
+    layer = TreeLinear(*shape, gate="hash", gate_gradient=case.gate_gradient, storage="lazy").to(place.device)
     x = torch.randn(case.tokens, case.width)
     if case.leaves == "zipf":  # some tokens come again, and with them their leaves
         frequency = 1.0 / torch.arange(1, case.tokens + 1) ** ZIPF
         x = x[torch.multinomial(frequency, case.tokens, replacement=True)].contiguous()
-    x.requires_grad_()
+    x = x.to(place.device, place.dtype).requires_grad_()
     layer(x).sum().backward()
     layer.eval()
     return layer, x
