@@ -264,9 +264,9 @@ class TreeLinear(nn.Module):
     # ---- the rows travel with the module -----------------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Tables follow the module to another device, and to fp64; never below fp32."""
+        """Tables, and where gradients of rows are made, follow to another device, and to fp64; never below fp32."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        move_rows(self.table, fn)
+        move_rows(self.layout, fn)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

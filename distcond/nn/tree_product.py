@@ -9,7 +9,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from distcond.ops import NodeTensors, Schedule, TreePath, scaled_backward, scaled_forward, tree_backward, tree_forward, tree_path
+from distcond.ops import (
+    NodeTensors,
+    Schedule,
+    TreePath,
+    factor_dtype,
+    scaled_backward,
+    scaled_forward,
+    tree_backward,
+    tree_forward,
+    tree_path,
+)
 from distcond.table import Collective, NodeTable, Route, SubtreePlan
 
 
@@ -62,11 +72,11 @@ class TreeProduct(torch.autograd.Function):
         nodes = layer.node_tensors(parameters)
         rows = _rows(layer, path)
         schedule = Schedule.of(path, layer.full_depth, nodes)
-        dtype = nodes.weight_SPQ.dtype
+        factor_TQ = local_TQ.to(factor_dtype(x_TQ.dtype, nodes))
         if layer.scales_levels:
-            y_TP = scaled_forward(local_TQ.to(dtype), scale_TK.to(dtype), path, rows, nodes, schedule)
+            y_TP = scaled_forward(factor_TQ, scale_TK.to(nodes.weight_SPQ.dtype), path, rows, nodes, schedule)
         else:
-            y_TP = tree_forward(local_TQ.to(dtype), path, rows, nodes, schedule)
+            y_TP = tree_forward(factor_TQ, path, rows, nodes, schedule)
         ctx.save_for_backward(local_TQ, scale_TK, *parameters)
         ctx.layer, ctx.path, ctx.rows, ctx.schedule, ctx.route = layer, path, rows, schedule, route
         ctx.dtype, ctx.soft_dtype = x_TQ.dtype, soft_TK.dtype
@@ -82,14 +92,14 @@ class TreeProduct(torch.autograd.Function):
         local_TQ, scale_TK, *parameters = ctx.saved_tensors
         grad_TP = grad_TP.contiguous() if ctx.route is None else ctx.route.dispatch(grad_TP)
         levels, rows = [level.nodes_G for level in path.levels], ctx.rows
-        if layer.table is not None and any(bool((rows_G < 0).any()) for rows_G in rows):
+        if layer.table is not None and bool((torch.cat(rows) < 0).any()):
             rows = layer.table.ensure(levels)
         nodes = layer.node_tensors(tuple(parameters))
         dtype = nodes.weight_SPQ.dtype
         full_GW, low_GW = (part.to(dtype) for part in layer.layout.new_gradient(levels))
         out = layer.layout.as_matrices(full_GW, low_GW)
         with torch.autocast(grad_TP.device.type, enabled=False):
-            local_TQ, grad_TP = local_TQ.to(dtype), grad_TP.to(dtype)
+            local_TQ, grad_TP = (part.to(factor_dtype(ctx.dtype, nodes)) for part in (local_TQ, grad_TP))
             if layer.scales_levels:
                 scaled = (local_TQ, scale_TK.to(dtype), grad_TP)
                 grad_x, grad_soft = scaled_backward(*scaled, path, rows, nodes, ctx.schedule, out)

@@ -9,7 +9,7 @@ from torch import Tensor
 from distcond.table import NodeTable, RowStore
 
 
-def move_rows(table: NodeTable | None, fn: Callable[[Tensor], Tensor]) -> None:
+def move_rows(table: NodeTable, fn: Callable[[Tensor], Tensor]) -> None:
     """Move the rows as `fn` moves a tensor, to another device and to fp64; never below fp32."""
     for _, store in _stores(table):
         probe = fn(store.data[:0])

@@ -1,7 +1,7 @@
 """Products of tokens with trees of matrices: plain torch, or compiled kernels where they are asked for."""
 
 from distcond.ops.native import kernels, use_kernels
-from distcond.ops.path import Level, NodeTensors, Schedule, TreePath, first_node
+from distcond.ops.path import Level, NodeTensors, Schedule, TreePath, calls_are_cheap, factor_dtype, first_node
 from distcond.ops.scaled import scaled_backward, scaled_forward
 from distcond.ops.tree_matmul import tree_backward, tree_forward, tree_path
 
@@ -10,6 +10,8 @@ __all__ = [
     "NodeTensors",
     "Schedule",
     "TreePath",
+    "calls_are_cheap",
+    "factor_dtype",
     "first_node",
     "kernels",
     "scaled_backward",

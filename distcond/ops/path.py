@@ -15,6 +15,9 @@ TOKENS_PER_MERGED_NODE = 8
 """Mean tokens a node from which on its matrix is added to its ancestors' and multiplied once.
 
 Adding it, once forward and once backward, spares two products of each of its tokens; both read it from memory once."""
+TOKENS_PER_BATCHED_NODE = 128
+"""The same where the nodes of a level are computed together. By arithmetic for an H100, not measured: adding moves some 16
+bytes a number at 3e12 bytes/s, and spares 2 FLOPs a number and token at 5e13 FLOP/s (fp32)."""
 GROUPED_NODE_S = 30e-6
 "Forward and backward of a low-rank node on its own: a dozen calls."
 GATHERED_TOKEN_S, GATHERED_NUMBER_S = 2e-6, 2.6e-9
@@ -132,14 +135,28 @@ class Schedule:
         """The fastest for these tokens, by figures of one core of 2 to 3 GHz; it depends on shapes alone, not on clocks."""
         tokens, depth = len(path.order_T), len(path.levels) - 1
         touched = [len(level.nodes_G) for level in path.levels]
-        merged = 0
-        while merged < full_depth and tokens >= TOKENS_PER_MERGED_NODE * touched[merged + 1]:
+        is_cpu = calls_are_cheap(path.order_T)
+        merged, enough = 0, TOKENS_PER_MERGED_NODE if is_cpu else TOKENS_PER_BATCHED_NODE
+        while merged < full_depth and tokens >= enough * touched[merged + 1]:
             merged += 1
+        if not is_cpu:
+            return cls(full_depth, merged, gathered=full_depth + 1)
         copies_s = tokens * (GATHERED_TOKEN_S + GATHERED_NUMBER_S * nodes.low_numbers)
         gathered = full_depth + 1
         while gathered <= depth and touched[gathered] * GROUPED_NODE_S <= copies_s:
             gathered += 1
         return cls(full_depth, merged, gathered)
+
+
+def calls_are_cheap(tensor: Tensor) -> bool:
+    """Whether a call costs little where a tensor is: on a CPU. There nodes are computed one by one, elsewhere as in `batched`."""
+    return tensor.device.type == "cpu"
+
+
+def factor_dtype(x_dtype: torch.dtype, nodes: NodeTensors) -> torch.dtype:
+    """Precision of tokens when they are multiplied: that of the rows or, where trees are batched, a shorter one of their own."""
+    own = nodes.weight_SPQ.dtype
+    return own if calls_are_cheap(nodes.weight_SPQ) or x_dtype.itemsize >= own.itemsize else x_dtype
 
 
 def pick(tensor_S: Tensor, rows_G: Tensor) -> list[Tensor | None]:

@@ -12,10 +12,11 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from distcond.ops.batched import batched_backward, batched_forward
 from distcond.ops.gathered import add_gathered, gathered_backward
 from distcond.ops.grouped import add_grouped_product, grouped_outer, grouped_product
 from distcond.ops.merged import bias_gradient, merged_product, merged_product_backward, weight_gradient
-from distcond.ops.path import NodeTensors, Schedule, TreePath, pick
+from distcond.ops.path import NodeTensors, Schedule, TreePath, calls_are_cheap, pick
 from distcond.ops.tree_matmul import hidden_units, values_per_token
 
 
@@ -25,6 +26,8 @@ def scaled_forward(
     """The root's product plus the sum of scale_l (U_l x + c_l) along each token's path, [T, P]; else as `tree_forward`."""
     if not len(x_TQ):
         return x_TQ.new_zeros(0, nodes.bias_SP.shape[1])
+    if not calls_are_cheap(x_TQ):
+        return batched_forward(x_TQ, path, rows, nodes, schedule, scale_TK)
     x_TQ, scale_TK = path.in_order(x_TQ), path.in_order(scale_TK)
     y_TP = merged_product(x_TQ, path.levels[:1], rows[:1], nodes.weight_SPQ, nodes.bias_SP)
     for number in range(1, schedule.gathered):
@@ -55,6 +58,9 @@ def scaled_backward(
     grad_scale_TK = torch.zeros_like(scale_TK)
     if not len(x_TQ):
         return torch.zeros_like(x_TQ), grad_scale_TK
+    if not calls_are_cheap(x_TQ):
+        levels = range(1, len(rows))
+        return batched_backward(x_TQ, grad_TP, path, rows, nodes, schedule, levels, out, scale_TK)
     x_TQ, grad_TP, scale_TK = (path.in_order(part) for part in (x_TQ, grad_TP, scale_TK))
     width, rank, slots = x_TQ.shape[1], nodes.right_SrQ.shape[1], _slots(rows, schedule.full_depth)
     grad_x_TQ = merged_product_backward(grad_TP, path.levels[:1], rows[:1], nodes.weight_SPQ)

@@ -14,14 +14,18 @@ import torch
 from torch import Tensor
 
 from distcond.ops import native
+from distcond.ops.batched import batched_backward, batched_forward
+from distcond.ops.batched_path import batched_path
 from distcond.ops.gathered import add_gathered, gathered_backward
 from distcond.ops.grouped import add_grouped_product, add_to_groups, grouped_outer, grouped_product
 from distcond.ops.merged import bias_gradient, merged_product, merged_product_backward, weight_gradient
-from distcond.ops.path import Level, NodeTensors, Schedule, TreePath, pick
+from distcond.ops.path import Level, NodeTensors, Schedule, TreePath, calls_are_cheap, pick
 
 
 def tree_path(leaf_T: Tensor, depth: int, num_trees: int = 1) -> TreePath:
     """`TreePath.of`, by the kernels that are chosen; the native ones know one tree."""
+    if not calls_are_cheap(leaf_T):
+        return batched_path(leaf_T, depth, num_trees)
     if native.kernels() == "native" and num_trees == 1 and len(leaf_T) and leaf_T.device.type == "cpu":
         return native.path_of(leaf_T, depth)
     return TreePath.of(leaf_T, depth, num_trees)
@@ -35,6 +39,8 @@ def tree_forward(x_TQ: Tensor, path: TreePath, rows: Sequence[Tensor], nodes: No
     """
     if not len(x_TQ):
         return x_TQ.new_zeros(0, nodes.bias_SP.shape[1])
+    if not calls_are_cheap(x_TQ):
+        return batched_forward(x_TQ, path, rows, nodes, schedule)
     if len(rows[0]) == 1 and native.serves(x_TQ, nodes):
         return native.forward(x_TQ, path, rows, nodes, schedule.full_depth)
     if len(rows) == 1 and len(rows[0]) == 1:
@@ -75,6 +81,8 @@ def tree_backward(
     grad_levels_TK = x_TQ.new_zeros(len(grad_TP), len(rows) - 1)
     if not len(x_TQ):
         return torch.zeros_like(x_TQ), grad_levels_TK
+    if not calls_are_cheap(x_TQ):
+        return batched_backward(x_TQ, grad_TP, path, rows, nodes, schedule, gate_levels, out)
     if len(rows[0]) == 1 and native.serves(x_TQ, nodes):
         return native.backward(x_TQ, grad_TP, path, rows, nodes, schedule.full_depth, gate_levels, out)
     x_TQ, grad_TP = path.in_order(x_TQ), path.in_order(grad_TP)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from distcond.nn.tree import TreeLinear
-from distcond.ops import native
+from distcond.ops import calls_are_cheap, native
 from distcond.table import RowStore
 
 WIDE_ROW = 2**13
 "Numbers in a row from which on it is updated by itself: about 1 us of traffic, less than a call costs, lies below."
-BLOCK_NUMBERS = 2**17
-"Numbers of narrower rows that are updated at a time; some MiB with moments."
+BLOCK_NUMBERS, DEVICE_BLOCK_NUMBERS = 2**17, 2**26
+"Numbers of narrower rows that are updated at a time: some MiB with moments; where calls are dear, rows of any width, 1 GiB."
 
 
 def add_state(store: RowStore) -> None:
@@ -114,7 +114,8 @@ class RowAdam:
         clock_G = state["clock"].index_select(0, rows_G)
         missed_G = (self.log_decay - state["log_decay"].index_select(0, rows_G)).exp() if self.weight_decay else None
         state["log_decay"].index_fill_(0, rows_G, self.log_decay)
-        update = self._update_rows if grad_G[0].numel() >= WIDE_ROW else self._update_blocks
+        is_wide = grad_G[0].numel() >= WIDE_ROW and calls_are_cheap(data_S)
+        update = self._update_rows if is_wide else self._update_blocks
         if native.computes(data_S, grad_G) and data_S.is_contiguous():
             update = self._update_compiled
         update(data_S, state, rows_G, grad_G, clock_G, missed_G)
@@ -168,7 +169,8 @@ class RowAdam:
         # m / c1 / (sqrt(v) / c2 + eps) with the corrections on one side: one pass less
         ratio_G = (correction1 / correction2).to(grad_G.dtype).view(per_row)
         offset_G = (self.eps * correction1).to(grad_G.dtype).view(per_row)
-        size = max(1, BLOCK_NUMBERS // max(1, grad_G[0].numel()))
+        most = BLOCK_NUMBERS if calls_are_cheap(data_S) else DEVICE_BLOCK_NUMBERS
+        size = max(1, most // max(1, grad_G[0].numel()))
         data, exp_avg, exp_avg_sq = (grad_G.new_empty(min(size, len(rows_G)), *grad_G.shape[1:]) for _ in range(3))
         for low in range(0, len(rows_G), size):
             part = slice(low, low + size)

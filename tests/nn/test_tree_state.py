@@ -46,6 +46,14 @@ def assert_same_layer(one: TreeLinear, other: TreeLinear) -> None:
     assert torch.equal(one.eval()(x), other.eval()(x))
 
 
+@pytest.mark.parametrize("storage", ["dense", "lazy"])
+def test_gradients_of_rows_are_made_where_the_layer_is(storage: str) -> None:
+    layer = make(storage=storage, full_depth=1, rank=2).to("meta")
+    assert layer.seed.device.type == "meta"
+    nodes = [torch.arange(2**level - 1, 2 ** (level + 1) - 1) for level in range(5)]
+    assert [part.device.type for part in layer.layout.new_gradient(nodes)] == ["meta", "meta"]
+
+
 @pytest.mark.parametrize("options", LAZY)
 def test_state_dict_carries_the_rows_to_a_layer_that_had_others(options: dict[str, Any]) -> None:
     layer, other = make(**options), make(seed=1, **options)

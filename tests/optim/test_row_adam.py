@@ -104,6 +104,15 @@ def test_clocks_moments_and_decay_are_a_rows_own(options: dict[str, Any], block:
     assert rows[5].clock == 2 and rows[0].clock == 25
 
 
+def test_rows_on_other_devices_are_updated_together_however_wide() -> None:
+    """Seen on the meta device, which has no numbers to ask for."""
+    store, optimizer = RowStore(row_adam.WIDE_ROW, torch.device("meta")), RowAdam(nn.Module(), weight_decay=0.1)
+    keys = torch.arange(5, device="meta")
+    store.append(keys, torch.zeros(5, store.width, device="meta"))
+    optimizer.step_rows([(store, keys[:3], store.data[:3].clone())])
+    assert store.state["exp_avg"].device.type == "meta"
+
+
 def test_missed_decay_is_the_repeated_decay() -> None:
     """A row untouched for 40 steps and then touched with no gradient at all has decayed 41 times."""
     store = RowStore(2)
