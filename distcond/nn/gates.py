@@ -78,8 +78,11 @@ class Gate(nn.Module):
         return statistics
 
     def commit(self, statistics: Tensor) -> None:
-        """Fold the pooled statistics of one applied step into the running mean; the first commit initialises it."""
-        if statistics[-1] == 0:
+        """Fold the pooled statistics of one applied step into the running mean; the first commit initialises it.
+
+        A step without rows commits nothing, nor does one with NaN or infinite gates: the mean would never recover.
+        """
+        if statistics[-1] == 0 or not bool(statistics.isfinite().all()):
             return
         self.num_commits += 1
         if self.kind == "sign":

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distcond.nn.gates import Gate, leaf_index
+from distcond.nn.tree_input import as_rows, count_nonfinite
 from distcond.nn.tree_nodes import dense_node
 from distcond.nn.tree_options import check_options
 from distcond.nn.tree_product import TreeProduct, anchor
@@ -78,6 +79,7 @@ class TreeLinear(nn.Module):
         self._backward_seen = False
         self._touched: list[Tensor] = []
         self._leaf_loads: list[tuple[Tensor, Tensor]] = []
+        self._nonfinite = torch.zeros((), dtype=torch.int64)
         self.layout = NodeTable(in_features, out_features, depth, full_depth, self.rank, seed=int(self.seed), bias=bias)
         self.table = self.layout if storage == "lazy" else None
         if self.table is None:
@@ -93,11 +95,17 @@ class TreeLinear(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features]. Under a sharded plan this is a collective call."""
-        x_TQ = x.reshape(-1, self.in_features)
+        """[..., in_features] -> [..., out_features]. Under a sharded plan this is a collective call.
+
+        Rows with a NaN or infinite gate are counted (`take_nonfinite`); under `torch.autograd.detect_anomaly()`, NaN or
+        infinite inputs raise ValueError.
+        """
+        x_TQ = as_rows(x, self.in_features)
         self._before_forward()
         with torch.autocast(x.device.type, enabled=False):  # bits and rows are fp32 whatever the model computes in
             gates_TK = self._gates(x_TQ)
+            if not _is_recomputing():
+                self._nonfinite = self._nonfinite + count_nonfinite(gates_TK)
             leaf_T = leaf_index(gates_TK > 0)
             soft_TK = self._soft_bits(gates_TK)
             nodes = self._parameters_of_nodes() if self.table is None else (anchor(x_TQ),)
@@ -109,7 +117,7 @@ class TreeLinear(nn.Module):
     def codes(self, x: Tensor) -> Tensor:
         """The bits, bool [..., 1, depth]; the first is the coarsest. The axis before the last counts trees."""
         with torch.autocast(x.device.type, enabled=False):
-            gates_TK = self._gates(x.reshape(-1, self.in_features))
+            gates_TK = self._gates(as_rows(x, self.in_features))
         return (gates_TK > 0).view(*x.shape[:-1], 1, self.depth)
 
     @torch.no_grad()
@@ -162,6 +170,11 @@ class TreeLinear(nn.Module):
             return self.seed.new_empty(0), self.seed.new_empty(0)
         leaf_G, index = torch.unique(torch.cat([leaf for leaf, _ in loads]), return_inverse=True)
         return leaf_G, torch.zeros_like(leaf_G).index_add_(0, index, torch.cat([count for _, count in loads]))
+
+    def take_nonfinite(self) -> int:
+        """Rows with a gate that was NaN or infinite, in passes of any kind since the last call: no leaf is theirs."""
+        number, self._nonfinite = int(self._nonfinite), torch.zeros_like(self._nonfinite)
+        return number
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -227,8 +240,7 @@ class TreeLinear(nn.Module):
         return soft_TK
 
     def _before_forward(self) -> None:
-        is_recomputing = torch._C._current_graph_task_id() != -1  # by a backward pass, under activation checkpointing
-        if not (self.training and torch.is_grad_enabled()) or is_recomputing:
+        if not (self.training and torch.is_grad_enabled()) or _is_recomputing():
             return
         if self.table is not None and DistributedDataParallel._get_active_ddp_module() is not None:
             raise RuntimeError(
@@ -285,3 +297,8 @@ class TreeLinear(nn.Module):
             self.table.seed = int(self.seed)
             for _, store in self.table.stores():
                 self._keep_own(store)
+
+
+def _is_recomputing() -> bool:
+    """Whether a backward pass computes a forward pass again, under activation checkpointing."""
+    return torch._C._current_graph_task_id() != -1

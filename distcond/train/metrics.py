@@ -52,12 +52,13 @@ def tree_usage(model: nn.Module, world: Collective, expert: Collective) -> dict[
     """How the tokens since the last call spread over leaves, mean over layers; and the nodes that exist, all layers.
 
     A collective call. leaf_entropy_nats: of the load; load_max_over_mean: busiest leaf over the mean of all 2**K;
-    dead_leaves: leaves without a token.
+    dead_leaves: leaves without a token. nonfinite_inputs: rows with a NaN or infinite gate, summed over layers.
     """
     rows: list[dict[str, float]] = []
-    nodes = torch.zeros(1)
+    nodes, nonfinite = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
     replicated = 0.0
     for layer in tree_layers(model).values():
+        nonfinite += layer.take_nonfinite()
         leaf_G, count_G = layer.take_leaf_loads()
         union_G = world.gather_union(leaf_G)
         load_G = torch.zeros(len(union_G), dtype=torch.float64, device=leaf_G.device)
@@ -80,7 +81,11 @@ def tree_usage(model: nn.Module, world: Collective, expert: Collective) -> dict[
     if not rows:
         return {}
     mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
-    return {**mean, "tree/materialized_nodes": float(expert.sum_(nodes)) + replicated}
+    total = {
+        "tree/nonfinite_inputs": float(world.sum_(nonfinite)),
+        "tree/materialized_nodes": float(expert.sum_(nodes)) + replicated,
+    }
+    return {**mean, **total}
 
 
 @dataclass(slots=True)

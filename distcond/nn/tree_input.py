@@ -1,0 +1,32 @@
+"""What a `TreeLinear` takes: rows of its width, of finite numbers.
+
+Legend: T tokens, Q in, K bits.
+"""
+
+import torch
+from torch import Tensor
+
+
+def as_rows(x: Tensor, in_features: int) -> Tensor:
+    """[..., in_features] as rows, [T, in_features].
+
+    Raises ValueError for another last dimension, and in autograd's anomaly mode (`torch.autograd.detect_anomaly()`) for rows
+    with NaN or infinite numbers. Out of that mode they are counted (`count_nonfinite`): to look would be to wait for a GPU.
+    """
+    if x.shape[-1:] != (in_features,):
+        raise ValueError(f"input of shape {tuple(x.shape)}: its last dimension must be in_features={in_features}")
+    x_TQ = x.reshape(-1, in_features)
+    if torch.is_anomaly_enabled():
+        bad_T = ~x_TQ.isfinite().all(dim=1)
+        if bool(bad_T.any()):
+            raise ValueError(
+                f"input has {int(bad_T.sum())} of {len(x_TQ)} rows with NaN or infinite numbers, the first is row "
+                f"{int(bad_T.nonzero()[0])}: they have no leaf; mend what made them"
+            )
+    return x_TQ
+
+
+def count_nonfinite(gates_TK: Tensor) -> Tensor:
+    """Rows with a gate that is NaN or infinite, whose sign says nothing; int64 scalar, without waiting for the device."""
+    # The sum of a row is finite where all its gates are (below 1e36), and a quarter of the work of looking at each.
+    return torch.count_nonzero(~gates_TK.detach().sum(1).isfinite())
