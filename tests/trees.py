@@ -1,11 +1,13 @@
 """Tree layers for tests, in which every node exists and holds random numbers; and their function, token by token."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distcond.nn import TreeLinear
+from distcond.ops import first_node
 
 
 def random_tree(
@@ -23,7 +25,8 @@ def random_tree(
                 if not name.startswith("gate."):
                     parameter.normal_(std=spread)
         else:
-            layer.table.ensure([torch.arange(2**level - 1, 2 ** (level + 1) - 1) for level in range(depth + 1)])
+            bounds = [first_node(level, layer.num_trees) for level in range(depth + 2)]
+            layer.table.ensure([torch.arange(*ends) for ends in pairwise(bounds)])
             for _, store in layer.table.stores():
                 store.data.normal_(std=spread)
     return layer
@@ -40,16 +43,16 @@ def path(leaf: int, depth: int) -> list[int]:
 
 
 def nodes_of(layer: TreeLinear) -> tuple[Tensor, Tensor]:
-    """Matrix [nodes, out, in] and bias [nodes, out] of every node, by id."""
+    """Matrix [nodes, out, in] and bias [nodes, out] of every node, by id; tree after tree."""
     with torch.no_grad():
-        pairs = [layer._node(node) for node in range(2 ** (layer.depth + 1) - 1)]
+        pairs = [layer._node(node, tree) for tree in range(layer.num_trees) for node in range(2 ** (layer.depth + 1) - 1)]
     return torch.stack([weight for weight, _ in pairs]), torch.stack([bias for _, bias in pairs])
 
 
 def token_by_token(layer: TreeLinear, x: Tensor) -> Tensor:
-    """effective_weight(leaf) @ x + c, one token after another."""
+    """effective_weight(leaf) @ x + c, one token after another, the outputs of each tree below those of the one before."""
     outputs = []
-    for token, leaf in zip(x, layer.leaf(x)[:, 0].tolist(), strict=True):
-        weight, bias = layer.effective_weight(leaf)
-        outputs.append(weight @ token + bias)
+    for token, leaves in zip(x, layer.leaf(x).tolist(), strict=True):
+        pairs = [layer.effective_weight(leaf, tree=tree) for tree, leaf in enumerate(leaves)]
+        outputs.append(torch.cat([weight @ token + bias for weight, bias in pairs]))
     return torch.stack(outputs) if outputs else x.new_zeros(0, layer.out_features)

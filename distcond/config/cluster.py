@@ -24,7 +24,7 @@ class ClusterConfig:
     expert_parallel_size: int | None = None
     "E, the ranks that share one copy of a node table; divides num_workers; null: all of them."
     shard_level: int | None = None
-    "s: levels above s are replicated, each subtree below lives on one rank; null: the least s with 2**s >= 4 E. Placement only."
+    "s: levels above s are replicated, a subtree below is on one rank; null: least s with num_trees 2**s >= 4 E. Placement only."
     kernels: Kernels = Kernels.torch
     "torch: plain torch, everywhere. native: fp32 trees on CPUs by C that each machine's gcc compiles once, some seconds."
     max_failures: int = 3

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from distcond.config.check import need
+from distcond.config.check import nearest_divisors, need
 from distcond.config.choices import CellName, GateGradient, GateName, HaltingKind, ModelName, Storage
 
 
@@ -14,10 +14,12 @@ class TreeConfig:
     "K, the number of bits that choose a leaf; 2**K leaves; 0 to 62."
     full_depth: int | None = None
     "Levels up to this one hold full matrices, deeper ones low-rank factors; >= 0; null: every level is full."
+    num_trees: int = 1
+    "Trees of a layer, each for one part of its outputs and with K bits of its own; divides the outputs; >= 1."
     rank: int = 8
     "r, the rank of the factors below full_depth; >= 1."
     gate: GateName = GateName.linear
-    "linear: K learned gating units. hash: K fixed random hyperplanes (the control). sign: the layer's first K inputs."
+    "linear: K learned gating units a tree. hash: K fixed random hyperplanes (the control). sign: the layer's first inputs."
     gate_gradient: GateGradient = GateGradient.straight_through
     "straight_through: gates learn as if a bit were t = tanh|g|. sampled: one full level a step. magnitude: levels times t. none."
     storage: Storage = Storage.lazy
@@ -30,6 +32,12 @@ class TreeConfig:
 
     def __post_init__(self) -> None:
         need(0 <= self.depth <= 62, f"model.tree.depth={self.depth} is outside 0..62; node ids are 64-bit integers.")
+        need(self.num_trees >= 1, f"model.tree.num_trees={self.num_trees} is below 1; use 1 or more.")
+        need(
+            self.depth + (self.num_trees - 1).bit_length() <= 62,
+            f"model.tree.num_trees={self.num_trees} trees of model.tree.depth={self.depth} have more than 2**62 leaves; "
+            "use a smaller depth.",
+        )
         full = self.full_depth
         need(full is None or full >= 0, f"model.tree.full_depth={full} is negative; use 0 or more, or null for all levels.")
         need(self.rank >= 1, f"model.tree.rank={self.rank} is below 1; use 1 or more.")
@@ -79,6 +87,13 @@ class ModelConfig:
     halting: HaltingConfig = field(default_factory=HaltingConfig)
     "The number of ponder steps."
 
+    @property
+    def tree_outputs(self) -> int:
+        """Outputs of the layer that is a tree."""
+        if self.name == ModelName.transformer:
+            return self.feed_forward
+        return 4 * self.width if self.cell == CellName.lstm else self.width
+
     def __post_init__(self) -> None:
         need(self.width >= 1, f"model.width={self.width} is below 1; use 1 or more.")
         need(self.feed_forward >= 1, f"model.feed_forward={self.feed_forward} is below 1; use 1 or more.")
@@ -87,7 +102,12 @@ class ModelConfig:
             f"model.width={self.width} is not divisible by model.heads={self.heads}; use a number of heads that divides it.",
         )
         need(
-            self.tree.gate != GateName.sign or self.tree.depth <= self.width,
-            f"model.tree.gate=sign takes {self.tree.depth} bits (model.tree.depth) from the state, "
-            f"but model.width={self.width}; use a smaller depth.",
+            self.tree.gate != GateName.sign or self.tree.num_trees * self.tree.depth <= self.width,
+            f"model.tree.gate=sign takes {self.tree.num_trees * self.tree.depth} bits (model.tree.num_trees x model.tree.depth) "
+            f"from the state, but model.width={self.width}; use a smaller depth.",
+        )
+        need(
+            self.tree_outputs % self.tree.num_trees == 0,
+            f"model.tree.num_trees={self.tree.num_trees} does not divide the {self.tree_outputs} outputs of the tree layer; "
+            f"use {nearest_divisors(self.tree_outputs, self.tree.num_trees)}.",
         )

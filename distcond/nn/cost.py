@@ -1,11 +1,11 @@
 """Closed forms: parameters of a model, and multiply-accumulate operations (MACs) it spends on a position.
 
-Legend: P out, Q in, K depth, F full_depth, r rank.
+Legend: P out, Q in, t trees, K depth, F full_depth, r rank.
 """
 
 from dataclasses import dataclass
 
-from distcond.config import CellName, GateGradient, GateName, ModelConfig, ModelName, TreeConfig
+from distcond.config import GateGradient, GateName, ModelConfig, ModelName, TreeConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +38,16 @@ class ModelCost:
 
 
 def tree_cost(in_features: int, out_features: int, tree: TreeConfig) -> TreeCost:
-    """Cost of one layer; (2**(F+1) - 1)(PQ + P) + (2**(K+1) - 2**(F+1))(r(P + Q) + P) parameters, (F+1)PQ + (K-F)r(P+Q) MACs.
+    """Cost of one layer: parameters (2**(F+1) - 1)(PQ + P) + (2**(K+1) - 2**(F+1))(r(P + tQ) + P), MACs (F+1)PQ + (K-F)r(P+tQ).
 
-    Both without the KQ of the gates, which gates of signs do not have.
+    Both without the tKQ of the gates, which gates of signs do not have.
     """
-    p, q, depth = out_features, in_features, tree.depth
+    p, q, depth, trees = out_features, in_features, tree.depth, tree.num_trees
     full = tree.deepest_full_level
-    low_rank = tree.rank * (p + q)
+    low_rank = tree.rank * (p + trees * q)
     num_full = 2 ** (full + 1) - 1
     num_low = 2 ** (depth + 1) - 1 - num_full
-    gates = 0 if tree.gate == GateName.sign else depth * q
+    gates = 0 if tree.gate == GateName.sign else trees * depth * q
     return TreeCost(
         node_parameters=num_full * (p * q + p) + num_low * (low_rank + p),
         gate_parameters=gates,
@@ -60,15 +60,14 @@ def model_cost(config: ModelConfig, *, input_size: int, output_size: int, length
     width = config.width
     halting = width + 1 if config.halting.kind == "act" else 0
     if config.name == ModelName.transformer:
-        tree = tree_cost(width, config.feed_forward, config.tree)
+        tree = tree_cost(width, config.tree_outputs, config.tree)
         attention = 4 * width * width
         dense = 256 * width + 3 * width + width + attention + config.feed_forward * width + width
         dense += 256 * width + 256
         per_step = attention + width * (length + 1) + tree.macs + config.feed_forward * width + width
         per_position = 256 * width
     else:
-        outputs = 4 * width if config.cell == CellName.lstm else width
-        tree = tree_cost(input_size + 1 + width, outputs, config.tree)
+        tree = tree_cost(input_size + 1 + width, config.tree_outputs, config.tree)
         dense = output_size * (width + 1)
         per_step, per_position = tree.macs, output_size * width
     gates_learn = config.tree.gate == GateName.linear and config.tree.gate_gradient != GateGradient.none

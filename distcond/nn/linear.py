@@ -17,6 +17,7 @@ class TreeOptions:
     gate: str = "linear"
     gate_gradient: str = "straight_through"
     storage: str = "dense"
+    num_trees: int = 1
 
 
 def make_linear(in_features: int, out_features: int, tree: TreeOptions) -> nn.Module:
@@ -32,4 +33,5 @@ def make_linear(in_features: int, out_features: int, tree: TreeOptions) -> nn.Mo
         gate=tree.gate,
         gate_gradient=tree.gate_gradient,
         storage=tree.storage,
+        num_trees=tree.num_trees,
     )

@@ -87,6 +87,7 @@ def tree_options(config: TreeConfig) -> TreeOptions:
         gate=config.gate.value,
         gate_gradient=config.gate_gradient.value,
         storage=config.storage.value,
+        num_trees=config.num_trees,
     )
 
 

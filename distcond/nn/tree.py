@@ -3,7 +3,8 @@
 The path is chosen by sign bits of gating units (Cho & Bengio 2014, arXiv 1406.7362):
 W(b) = U_root + sum_l U_{b_1..b_l}; 2**K leaves, K + 1 matrices touched.
 
-Legend: T tokens, Q in, P out, K depth (bits), S nodes, G nodes touched.
+Legend: T tokens, V of them for each tree (a token's trees follow each other), M trees, Q in, P out, K depth (bits), S nodes,
+G nodes touched.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from distcond.nn.tree_nodes import dense_node
 from distcond.nn.tree_options import check_options
 from distcond.nn.tree_product import TreeProduct, anchor
 from distcond.nn.tree_state import load_rows, move_rows, row_names, save_rows
-from distcond.ops import NodeTensors, TreePath
+from distcond.ops import NodeTensors, TreePath, first_node
 from distcond.table import Collective, NodeTable, RowStore, SubtreePlan
 
 
@@ -28,8 +29,8 @@ class TreeLinear(nn.Module):
 
     depth: K, 0 to 62; 0 is exactly `nn.Linear`.
     full_depth, rank: levels up to full_depth hold full matrices (None: all), deeper ones factors of this rank.
-    gate: "linear" (learned units), "hash" (fixed random hyperplanes) or "sign" (the first `depth` inputs themselves; what
-        the gates would learn passes into these inputs).
+    gate: "linear" (learned units), "hash" (fixed random hyperplanes) or "sign" (the first num_trees x depth inputs
+        themselves; what the gates would learn passes into these inputs).
     gate_gradient: "straight_through": level l's contribution is multiplied by 1 + t - stopgrad(t), t = tanh|g_l|;
         "sampled": the same, but of the full levels one a step, in turn, times their number: right on average, and it spares
         a product for each of them (low-rank levels have theirs at hand);
@@ -37,6 +38,7 @@ class TreeLinear(nn.Module):
         in its gates, but no longer one matrix a leaf; "none": the gates do not learn.
     storage: "dense": `nn.Parameter`s of all nodes, any torch optimiser trains them. "lazy": rows that are born with
         their first gradient, trained by `distcond.optim.RowAdam`, sharded by `distcond.initialize`.
+    num_trees: the outputs are split into this many groups, each with a tree and bits of its own; divides out_features.
     bias: whether nodes carry a bias, summed along the path like the weights.
 
     Nodes below the root start at zero, so a new layer computes its root's linear function.
@@ -59,19 +61,20 @@ class TreeLinear(nn.Module):
         gate: str = "linear",
         gate_gradient: str = "straight_through",
         storage: str = "dense",
+        num_trees: int = 1,
         bias: bool = True,
     ) -> None:
         super().__init__()
         full_depth = depth if full_depth is None else full_depth
-        check_options(in_features, out_features, depth, full_depth, rank, gate_gradient, storage)
-        self.in_features, self.out_features, self.depth = in_features, out_features, depth
+        check_options(in_features, out_features, depth, full_depth, rank, gate_gradient, storage, num_trees)
+        self.in_features, self.out_features, self.depth, self.num_trees = in_features, out_features, depth, num_trees
         self.full_depth, self.rank = full_depth, rank or 1
         self.gate_gradient, self.storage, self.has_bias = gate_gradient, storage, bias
         self.scales_levels = gate_gradient == "magnitude" and depth > 0
         root = nn.Linear(in_features, out_features, bias=bias)
-        self.gate = Gate(in_features, depth, gate, learns=gate_gradient != "none") if depth else None
+        self.gate = Gate(in_features, num_trees * depth, gate, learns=gate_gradient != "none") if depth else None
         self.register_buffer("seed", torch.randint(2**31, ()))
-        self.plan = SubtreePlan.make(depth, 1)
+        self.plan = SubtreePlan.make(depth, 1, num_trees=num_trees)
         self.collective: Collective | None = None
         self.commits_by_itself = storage == "dense"
         self.records_loads = False
@@ -80,7 +83,8 @@ class TreeLinear(nn.Module):
         self._touched: list[Tensor] = []
         self._leaf_loads: list[tuple[Tensor, Tensor]] = []
         self._nonfinite = torch.zeros((), dtype=torch.int64)
-        self.layout = NodeTable(in_features, out_features, depth, full_depth, self.rank, seed=int(self.seed), bias=bias)
+        shape = (in_features, out_features // num_trees, depth, full_depth, self.rank)
+        self.layout = NodeTable(*shape, seed=int(self.seed), bias=bias, num_trees=num_trees)
         self.table = self.layout if storage == "lazy" else None
         if self.table is None:
             self._make_parameters()
@@ -103,43 +107,46 @@ class TreeLinear(nn.Module):
         x_TQ = as_rows(x, self.in_features)
         self._before_forward()
         with torch.autocast(x.device.type, enabled=False):  # bits and rows are fp32 whatever the model computes in
-            gates_TK = self._gates(x_TQ)
+            gates_TMK = self._gates(x_TQ)
             if not _is_recomputing():
-                self._nonfinite = self._nonfinite + count_nonfinite(gates_TK)
-            leaf_T = leaf_index(gates_TK > 0)
-            soft_TK = self._soft_bits(gates_TK)
+                self._nonfinite = self._nonfinite + count_nonfinite(gates_TMK.flatten(1))
+            leaf_V = (leaf_index(gates_TMK > 0) + (self._trees() << self.depth)).flatten()
+            soft_VK = self._soft_bits(gates_TMK).flatten(0, 1)
             nodes = self._parameters_of_nodes() if self.table is None else (anchor(x_TQ),)
-            statistics = self.gate.statistics(gates_TK) if self.gate is not None and self.training else None
-            y_TP: Tensor = TreeProduct.apply(self, statistics, x_TQ, soft_TK, leaf_T, *nodes)  # type: ignore[no-untyped-call]
-        return y_TP.reshape(*x.shape[:-1], self.out_features)
+            statistics = self.gate.statistics(gates_TMK.flatten(1)) if self.gate is not None and self.training else None
+            y_VP: Tensor = TreeProduct.apply(self, statistics, x_TQ, soft_VK, leaf_V, *nodes)  # type: ignore[no-untyped-call]
+        return y_VP.reshape(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
-        """The bits, bool [..., 1, depth]; the first is the coarsest. The axis before the last counts trees."""
+        """The bits, bool [..., num_trees, depth]; the first is the coarsest."""
         with torch.autocast(x.device.type, enabled=False):
-            gates_TK = self._gates(as_rows(x, self.in_features))
-        return (gates_TK > 0).view(*x.shape[:-1], 1, self.depth)
+            gates_TMK = self._gates(as_rows(x, self.in_features))
+        return (gates_TMK > 0).view(*x.shape[:-1], self.num_trees, self.depth)
 
     @torch.no_grad()
     def leaf(self, x: Tensor) -> Tensor:
-        """Index of the leaf, int64 [..., 1] in [0, 2**depth); the first bit is the most significant."""
+        """Index of the leaf of each tree, int64 [..., num_trees] in [0, 2**depth); the first bit is the most significant."""
         return leaf_index(self.codes(x))
 
     @torch.no_grad()
-    def node_weight(self, node_id: int) -> Tensor:
-        """Matrix of one node, [out, in], zeros where it does not exist on this rank; ids in heap order, the root 0."""
-        return self._node(node_id)[0]
+    def node_weight(self, node_id: int, tree: int = 0) -> Tensor:
+        """Matrix of one node, [out / num_trees, in], zeros where it does not exist on this rank.
+
+        node_id: in heap order, the root of the tree is 0.
+        """
+        return self._node(node_id, tree)[0]
 
     @torch.no_grad()
-    def effective_weight(self, leaf: int) -> tuple[Tensor, Tensor]:
-        """W(b) [out, in] and c(b) [out] of a leaf, each level counted in full whatever the gate gradient."""
-        nodes = [self._node(2**level - 1 + (leaf >> (self.depth - level))) for level in range(self.depth + 1)]
+    def effective_weight(self, leaf: int, tree: int = 0) -> tuple[Tensor, Tensor]:
+        """W(b) [out / num_trees, in] and c(b) of a leaf of a tree, each level counted in full whatever the gate gradient."""
+        nodes = [self._node(2**level - 1 + (leaf >> (self.depth - level)), tree) for level in range(self.depth + 1)]
         return sum((w for w, _ in nodes[1:]), nodes[0][0]), sum((c for _, c in nodes[1:]), nodes[0][1])
 
     @property
     def num_materialized(self) -> int:
         """Nodes that exist (lazy: on this rank)."""
-        return 2 ** (self.depth + 1) - 1 if self.table is None else sum(store.size for _, store in self.table.stores())
+        return self.layout.num_ids if self.table is None else sum(store.size for _, store in self.table.stores())
 
     def shard(self, plan: SubtreePlan, collective: Collective) -> None:
         """Keep only this rank's nodes of a lazy table and exchange tokens with the other ranks from now on."""
@@ -164,7 +171,10 @@ class TreeLinear(nn.Module):
         return torch.unique(torch.cat(touched)) if touched else self.seed.new_empty(0)
 
     def take_leaf_loads(self) -> tuple[Tensor, Tensor]:
-        """Leaves this rank served in training since the last call, int64 [G] ascending, and their tokens, int64 [G]."""
+        """Leaves this rank served in training since the last call, and their tokens, int64 [G] each.
+
+        Leaves are tree << depth | leaf, ascending.
+        """
         loads, self._leaf_loads = self._leaf_loads, []
         if not loads:
             return self.seed.new_empty(0), self.seed.new_empty(0)
@@ -180,17 +190,18 @@ class TreeLinear(nn.Module):
         """What `print(model)` shows."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, depth={self.depth}, "
-            f"full_depth={self.full_depth}, rank={self.rank}, storage={self.storage}, materialized={self.num_materialized}"
+            f"full_depth={self.full_depth}, rank={self.rank}, storage={self.storage}, num_trees={self.num_trees}, "
+            f"materialized={self.num_materialized}"
         )
 
     # ---- nodes -------------------------------------------------------------------------------------------------------
 
     def _make_parameters(self) -> None:
-        full, nodes = self.layout.num_full_ids, 2 ** (self.depth + 1) - 1
-        low = self.layout.newborn("low", torch.arange(full, nodes))
+        full, rows = self.layout.num_full_ids, self.layout.out_features
+        low = self.layout.newborn("low", torch.arange(full, self.layout.num_ids))
         fresh = self.layout.as_matrices(self.layout.full.data, low)
-        self._register("weight", torch.zeros(full, self.out_features, self.in_features))
-        self._register("bias", torch.zeros(full if self.has_bias else 0, self.out_features))
+        self._register("weight", torch.zeros(full, rows, self.in_features))
+        self._register("bias", torch.zeros(full if self.has_bias else 0, rows))
         self._register("right", fresh.right_SrQ.clone())
         self._register("left", fresh.left_SxP.clone())
 
@@ -202,19 +213,23 @@ class TreeLinear(nn.Module):
 
     @torch.no_grad()
     def _set_root(self, weight: Tensor, bias: Tensor | None) -> None:
+        weight_MPQ = weight.unflatten(0, (self.num_trees, -1))
+        bias_MP = None if bias is None else bias.unflatten(0, (self.num_trees, -1))
         if self.table is not None:
-            flat = weight.flatten() if bias is None else torch.cat([weight.flatten(), bias])
-            self.table.full.replace(self.seed.new_zeros(1), flat[None].to(self.table.full.data.dtype))
+            flat_MW = weight_MPQ.flatten(1) if bias_MP is None else torch.cat([weight_MPQ.flatten(1), bias_MP], dim=1)
+            self.table.full.replace(self._trees(), flat_MW.to(self.table.full.data.dtype))
             return
-        self.weight[0] = weight
-        if bias is not None:
-            self.bias[0] = bias
+        self.weight[: self.num_trees] = weight_MPQ
+        if bias_MP is not None:
+            self.bias[: self.num_trees] = bias_MP
 
     def _parameters_of_nodes(self) -> tuple[Tensor, ...]:
         return () if self.table is not None else (self.weight, self.bias, self.right, self.left)
 
-    def _node(self, node_id: int) -> tuple[Tensor, Tensor]:
-        return dense_node(node_id, self.node_tensors(self._parameters_of_nodes()), self.layout, self.table)
+    def _node(self, node_id: int, tree: int = 0) -> tuple[Tensor, Tensor]:
+        level = (node_id + 1).bit_length() - 1
+        key = first_node(level, self.num_trees) + (tree << level) + node_id - first_node(level)
+        return dense_node(key, self.node_tensors(self._parameters_of_nodes()), self.layout, self.table)
 
     def node_tensors(self, parameters: tuple[Tensor, ...]) -> NodeTensors:
         """The stored nodes as matrices, from the table or from the given parameters."""
@@ -225,19 +240,25 @@ class TreeLinear(nn.Module):
 
     # ---- gates and statistics ----------------------------------------------------------------------------------------
 
-    def _gates(self, x_TQ: Tensor) -> Tensor:
-        if self.gate is None:
-            return x_TQ.new_zeros(len(x_TQ), 0)
-        return self.gate(x_TQ)  # type: ignore[no-any-return]
+    def _trees(self) -> Tensor:
+        """0 to num_trees - 1, which are also the ids of the roots, int64 [M]."""
+        return torch.arange(self.num_trees, device=self.seed.device)
 
-    def _soft_bits(self, gates_TK: Tensor) -> Tensor:
-        """t of `gate_gradient`, [T, K], of which the gradient alone is used unless levels are scaled by it."""
+    def _gates(self, x_TQ: Tensor) -> Tensor:
+        """Centred pre-activations of each tree's gates, [T, M, K]."""
+        if self.gate is None:
+            return x_TQ.new_zeros(len(x_TQ), self.num_trees, 0)
+        gates_TMK: Tensor = self.gate(x_TQ).unflatten(1, (self.num_trees, self.depth))
+        return gates_TMK
+
+    def _soft_bits(self, gates: Tensor) -> Tensor:
+        """t of `gate_gradient`, of the same shape, of which the gradient alone is used unless levels are scaled by it."""
         if self.gate_gradient == "none":
-            return gates_TK.detach()
-        soft_TK = gates_TK.abs().tanh()
-        if self.gate_gradient == "sampled" and self.full_depth > 1:
-            soft_TK = torch.cat([soft_TK[:, : self.full_depth] * self.full_depth, soft_TK[:, self.full_depth :]], dim=1)
-        return soft_TK
+            return gates.detach()
+        soft, full = gates.abs().tanh(), self.full_depth
+        if self.gate_gradient == "sampled" and full > 1:
+            soft = torch.cat([soft[..., :full] * full, soft[..., full:]], dim=-1)
+        return soft
 
     def _before_forward(self) -> None:
         if not (self.training and torch.is_grad_enabled()) or _is_recomputing():
@@ -271,7 +292,7 @@ class TreeLinear(nn.Module):
             return
         last = path.levels[-1]
         counts = last.count_G
-        self._leaf_loads.append((last.nodes_G - (2**self.depth - 1), counts))
+        self._leaf_loads.append((last.nodes_G - first_node(self.depth, self.num_trees), counts))
 
     # ---- the rows travel with the module -----------------------------------------------------------------------------
 

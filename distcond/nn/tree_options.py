@@ -1,17 +1,31 @@
 """What a `TreeLinear` may be made of."""
 
+from distcond.config.check import nearest_divisors
+
 STORAGES = ("dense", "lazy")
 GATE_GRADIENTS = ("straight_through", "sampled", "magnitude", "none")
 
 
 def check_options(
-    in_features: int, out_features: int, depth: int, full_depth: int, rank: int | None, gate_gradient: str, storage: str
+    in_features: int,
+    out_features: int,
+    depth: int,
+    full_depth: int,
+    rank: int | None,
+    gate_gradient: str,
+    storage: str,
+    num_trees: int,
 ) -> None:
     """Raise ValueError with a line that says what was given and what is needed, unless a layer can be made of these."""
     if in_features < 1 or out_features < 1:
         raise ValueError(f"in_features={in_features}, out_features={out_features}: both must be 1 or more")
     if not 0 <= depth <= 62:
         raise ValueError(f"depth={depth} is outside 0..62; node ids are 64-bit integers")
+    if num_trees < 1 or out_features % num_trees:
+        near = nearest_divisors(out_features, num_trees)
+        raise ValueError(f"num_trees={num_trees} does not divide out_features={out_features}; use {near}")
+    if depth + (num_trees - 1).bit_length() > 62:
+        raise ValueError(f"num_trees={num_trees} trees of depth={depth} have more than 2**62 leaves; use a smaller depth")
     if not 0 <= full_depth <= depth:
         raise ValueError(f"full_depth={full_depth} is outside 0..{depth} (depth)")
     if full_depth < depth and (rank is None or rank < 1):

@@ -1,6 +1,7 @@
 """The product of a tree layer as one autograd function: dispatch, product along the path, combine; and its mirror image.
 
-Legend: T tokens, Q in, P out, K depth (bits), G nodes touched.
+Legend: T tokens, V of them for each tree (a token's trees follow each other), Q in, P out of one tree, K depth (bits),
+G nodes touched.
 """
 
 from collections.abc import Collection
@@ -28,6 +29,7 @@ class TreeNodes(Protocol):
 
     in_features: int
     depth: int
+    num_trees: int
     full_depth: int
     has_bias: bool
     scales_levels: bool
@@ -56,41 +58,39 @@ class TreeProduct(torch.autograd.Function):
         layer: TreeNodes,
         statistics: Tensor | None,
         x_TQ: Tensor,
-        soft_TK: Tensor,
-        leaf_T: Tensor,
+        soft_VK: Tensor,
+        leaf_V: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        """Rows [T, Q], soft bits [T, K], leaves int64 [T] and the layer's parameters -> [T, P]."""
+        """Rows [T, Q], soft bits [V, K], leaves int64 [V] and the layer's parameters -> [V, P]."""
         route = None
+        local_TQ, scale_VK = x_TQ, soft_VK if layer.scales_levels else soft_VK[:, :0]
         if layer.plan.is_sharded and layer.collective is not None:
-            route = Route.to(layer.plan.owner(leaf_T), layer.collective)
-        # Factors travel beside the tokens, and in their own precision.
-        sent_TQ = torch.cat([x_TQ.to(soft_TK.dtype), soft_TK], dim=1) if layer.scales_levels else x_TQ
-        sent_TQ, leaf_T = (sent_TQ, leaf_T) if route is None else route.dispatch_with_leaf(sent_TQ, leaf_T)
-        local_TQ, scale_TK = sent_TQ.split([layer.in_features, sent_TQ.shape[1] - layer.in_features], dim=1)
-        path = tree_path(leaf_T, layer.depth)
+            route = Route.to(layer.plan.owner(leaf_V), layer.collective)
+            local_TQ, scale_VK, leaf_V = _dispatch(route, layer.num_trees, local_TQ, scale_VK, leaf_V)
+        path = tree_path(leaf_V, layer.depth, layer.num_trees)
         nodes = layer.node_tensors(parameters)
         rows = _rows(layer, path)
         schedule = Schedule.of(path, layer.full_depth, nodes)
         factor_TQ = local_TQ.to(factor_dtype(x_TQ.dtype, nodes))
         if layer.scales_levels:
-            y_TP = scaled_forward(factor_TQ, scale_TK.to(nodes.weight_SPQ.dtype), path, rows, nodes, schedule)
+            y_VP = scaled_forward(factor_TQ, scale_VK.to(nodes.weight_SPQ.dtype), path, rows, nodes, schedule)
         else:
-            y_TP = tree_forward(factor_TQ, path, rows, nodes, schedule)
-        ctx.save_for_backward(local_TQ, scale_TK, *parameters)
+            y_VP = tree_forward(factor_TQ, path, rows, nodes, schedule)
+        ctx.save_for_backward(local_TQ, scale_VK, *parameters)
         ctx.layer, ctx.path, ctx.rows, ctx.schedule, ctx.route = layer, path, rows, schedule, route
-        ctx.dtype, ctx.soft_dtype = x_TQ.dtype, soft_TK.dtype
+        ctx.dtype, ctx.soft_dtype = x_TQ.dtype, soft_VK.dtype
         ctx.statistics, ctx.gate_levels = statistics, layer.gate_levels()
-        y_TP = y_TP.to(x_TQ.dtype)
-        return y_TP if route is None else route.combine(y_TP)
+        y_VP = y_VP.to(x_TQ.dtype)
+        return y_VP if route is None else route.combine(y_VP)
 
     @staticmethod
-    def backward(ctx: Any, grad_TP: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_VP: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients to rows, soft bits and parameters; those of a table are collected by the table."""
         layer: TreeNodes = ctx.layer
         path: TreePath = ctx.path
-        local_TQ, scale_TK, *parameters = ctx.saved_tensors
-        grad_TP = grad_TP.contiguous() if ctx.route is None else ctx.route.dispatch(grad_TP)
+        local_TQ, scale_VK, *parameters = ctx.saved_tensors
+        grad_VP = grad_VP.contiguous() if ctx.route is None else ctx.route.dispatch(grad_VP)
         levels, rows = [level.nodes_G for level in path.levels], ctx.rows
         if layer.table is not None and bool((torch.cat(rows) < 0).any()):
             rows = layer.table.ensure(levels)
@@ -98,13 +98,13 @@ class TreeProduct(torch.autograd.Function):
         dtype = nodes.weight_SPQ.dtype
         full_GW, low_GW = (part.to(dtype) for part in layer.layout.new_gradient(levels))
         out = layer.layout.as_matrices(full_GW, low_GW)
-        with torch.autocast(grad_TP.device.type, enabled=False):
-            local_TQ, grad_TP = (part.to(factor_dtype(ctx.dtype, nodes)) for part in (local_TQ, grad_TP))
+        with torch.autocast(grad_VP.device.type, enabled=False):
+            local_TQ, grad_VP = (part.to(factor_dtype(ctx.dtype, nodes)) for part in (local_TQ, grad_VP))
             if layer.scales_levels:
-                scaled = (local_TQ, scale_TK.to(dtype), grad_TP)
+                scaled = (local_TQ, scale_VK.to(dtype), grad_VP)
                 grad_x, grad_soft = scaled_backward(*scaled, path, rows, nodes, ctx.schedule, out)
             else:
-                grad_x, grad_soft = tree_backward(local_TQ, grad_TP, path, rows, nodes, ctx.schedule, ctx.gate_levels, out)
+                grad_x, grad_soft = tree_backward(local_TQ, grad_VP, path, rows, nodes, ctx.schedule, ctx.gate_levels, out)
         layer.note_backward(path, ctx.statistics)
         grads: tuple[Tensor | None, ...] = (None,)
         if layer.table is not None:
@@ -114,6 +114,8 @@ class TreeProduct(torch.autograd.Function):
         if ctx.route is not None:
             both = ctx.route.combine(torch.cat([grad_x, grad_soft], dim=1))
             grad_x, grad_soft = both[:, : layer.in_features], both[:, layer.in_features :]
+        if layer.num_trees > 1:
+            grad_x = grad_x.unflatten(0, (-1, layer.num_trees)).sum(1)
         return None, None, grad_x.to(ctx.dtype), grad_soft.to(ctx.soft_dtype), None, *grads
 
 
@@ -122,11 +124,21 @@ def anchor(x_TQ: Tensor) -> Tensor:
     return torch.zeros((), device=x_TQ.device).requires_grad_(torch.is_grad_enabled())
 
 
+def _dispatch(route: Route, num_trees: int, x_TQ: Tensor, scale_VK: Tensor, leaf_V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, factors and leaves at the owners of the leaves; a row is sent to each of its trees."""
+    sent_VQ = x_TQ[:, None].expand(-1, num_trees, -1).flatten(0, 1)
+    if scale_VK.shape[1]:  # factors travel beside the tokens, and in their own precision
+        sent_VQ = torch.cat([sent_VQ.to(scale_VK.dtype), scale_VK], dim=1)
+    sent_VQ, leaf_V = route.dispatch_with_leaf(sent_VQ, leaf_V)
+    local_VQ, scale_VK = sent_VQ.split([x_TQ.shape[1], scale_VK.shape[1]], dim=1)
+    return local_VQ, scale_VK, leaf_V
+
+
 def _rows(layer: TreeNodes, path: TreePath) -> list[Tensor]:
     """Stored row of each node on the path, per level; -1 where it does not exist."""
     levels = [level.nodes_G for level in path.levels]
     if layer.table is None:
-        first_low = 2 ** (layer.full_depth + 1) - 1
+        first_low = layer.layout.num_full_ids
         return [nodes_G - (first_low if number > layer.full_depth else 0) for number, nodes_G in enumerate(levels)]
     return layer.table.find(levels)
 

@@ -34,7 +34,7 @@ def load_rows(table: NodeTable | None, state_dict: Mapping[str, Any], prefix: st
         keys, rows = (state_dict.get(f"{prefix}table.{kind}.{part}") for part in ("keys", "rows"))
         if table is not None and keys is not None and rows is not None:
             first = 0 if kind == "full" else table.num_full_ids
-            end = table.num_full_ids if kind == "full" else 2 ** (table.depth + 1) - 1
+            end = table.num_full_ids if kind == "full" else table.num_ids
             _load(store, keys, rows, range(first, end), f"{prefix}table.{kind}.rows", errors)
 
 

@@ -95,7 +95,7 @@ class RowAdam:
 
     def _step_dense(self, layer: TreeLinear) -> None:
         touched = layer.take_touched()
-        first_low = 2 ** (layer.full_depth + 1) - 1
+        first_low = layer.layout.num_full_ids
         full, low = touched[touched < first_low], touched[touched >= first_low] - first_low
         for parameter, rows_G in zip(_node_parameters(layer), (full, full, low, low), strict=True):
             if parameter.grad is None or not parameter.numel():

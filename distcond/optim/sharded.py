@@ -55,7 +55,7 @@ class ShardedRows:
             layer.records_touched = False  # nodes that are parameters have the dense part's optimiser
             self._take_from_first_rank(layer)
         for layer in self.layers:
-            layer.shard(SubtreePlan.make(layer.depth, expert.size, shard_level), expert)
+            layer.shard(SubtreePlan.make(layer.depth, expert.size, shard_level, layer.num_trees), expert)
 
     def _take_from_first_rank(self, layer: TreeLinear) -> None:
         """Make buffers and rows those of rank 0, as DeepSpeed does for parameters."""

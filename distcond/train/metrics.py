@@ -13,6 +13,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from distcond.nn import TreeLinear
 from distcond.nn.model import SUMS
 from distcond.table import Collective
 from distcond.train.table_files import tree_layers
@@ -49,7 +50,7 @@ def ponder(sums: Tensor, prefix: str = "ponder") -> dict[str, float]:
 
 
 def tree_usage(model: nn.Module, world: Collective, expert: Collective) -> dict[str, float]:
-    """How the tokens since the last call spread over leaves, mean over layers; and the nodes that exist, all layers.
+    """How the tokens since the last call spread over a tree's leaves, mean over trees and layers; nodes that exist, of all.
 
     A collective call. leaf_entropy_nats: of the load; load_max_over_mean: busiest leaf over the mean of all 2**K;
     dead_leaves: leaves without a token. nonfinite_inputs: rows with a NaN or infinite gate, summed over layers.
@@ -64,13 +65,7 @@ def tree_usage(model: nn.Module, world: Collective, expert: Collective) -> dict[
         load_G = torch.zeros(len(union_G), dtype=torch.float64, device=leaf_G.device)
         load_G[torch.searchsorted(union_G, leaf_G)] = count_G.double()
         share_G = world.sum_(load_G) / max(1.0, float(load_G.sum()))
-        rows.append(
-            {
-                "tree/leaf_entropy_nats": float(-(share_G * share_G.clamp(min=1e-300).log()).sum()),
-                "tree/load_max_over_mean": float(share_G.max()) * 2**layer.depth if len(share_G) else math.nan,
-                "tree/dead_leaves": float(2**layer.depth - len(union_G)),
-            }
-        )
+        rows.append(_spread(share_G, union_G >> layer.depth, layer))
         if layer.table is None:
             replicated += layer.num_materialized
             continue
@@ -86,6 +81,17 @@ def tree_usage(model: nn.Module, world: Collective, expert: Collective) -> dict[
         "tree/materialized_nodes": float(expert.sum_(nodes)) + replicated,
     }
     return {**mean, **total}
+
+
+def _spread(share_G: Tensor, tree_G: Tensor, layer: TreeLinear) -> dict[str, float]:
+    """Figures of one layer from its leaves' shares of all tokens, of which every tree got as many as the next."""
+    share_G = share_G * layer.num_trees  # of the tokens of its tree
+    most_M = share_G.new_zeros(layer.num_trees).scatter_reduce_(0, tree_G, share_G, "amax")
+    return {
+        "tree/leaf_entropy_nats": float(-(share_G * share_G.clamp(min=1e-300).log()).sum()) / layer.num_trees,
+        "tree/load_max_over_mean": float(most_M.mean()) * 2**layer.depth if len(share_G) else math.nan,
+        "tree/dead_leaves": 2**layer.depth - len(share_G) / layer.num_trees,
+    }
 
 
 @dataclass(slots=True)

@@ -26,12 +26,10 @@ def describe(config: Config) -> str:
     ]
     if cost.node_parameters:
         size = cluster.expert_parallel_size or cluster.num_workers
-        plan = SubtreePlan.make(tree.depth, size, cluster.shard_level)
-        where = (
-            f"levels 0 to {plan.shard_level - 1} on every rank, {len(plan.owner_S)} subtrees over {size} ranks"
-            if plan.is_sharded
-            else "every rank holds every node"
-        )
+        plan = SubtreePlan.make(tree.depth, size, cluster.shard_level, tree.num_trees)
+        shared = f"levels 0 to {plan.shard_level - 1} on every rank, " if plan.shard_level else ""
+        subtrees = f"{shared}{len(plan.owner_S)} subtrees over {size} ranks"
+        where = subtrees if plan.is_sharded else "every rank holds every node"
         rows = _count(BYTES_PER_ROW_NUMBER * _fullest_rank(config, cost, plan))
         lines += [f"sharding plan       {where}", f"                    up to {rows} bytes of rows per rank"]
     return "\n".join(lines)
@@ -48,7 +46,9 @@ def _fullest_rank(config: Config, cost: ModelCost, plan: SubtreePlan) -> int:
     if not plan.is_sharded:
         return cost.node_parameters
     subtrees, most = len(plan.owner_S), max(Counter(plan.owner_S).values())
-    sharded = _parameters_to(config, plan.depth) - _parameters_to(config, plan.shard_level - 1)
+    sharded = cost.node_parameters
+    if plan.shard_level:
+        sharded = _parameters_to(config, plan.depth) - _parameters_to(config, plan.shard_level - 1)
     return cost.node_parameters - sharded + sharded // subtrees * most
 
 

@@ -17,9 +17,9 @@ from distcond.config import (
     Storage,
     TreeConfig,
 )
-from distcond.nn import TreeLinear
 from distcond.nn.cost import model_cost, tree_cost
 from distcond.nn.model import Learner, build_learner
+from tests.trees import random_tree
 
 TREES: list[dict[str, Any]] = [
     {"depth": 0},
@@ -30,6 +30,7 @@ TREES: list[dict[str, Any]] = [
     {"depth": 3, "gate": GateName.sign},
     {"depth": 3, "gate_gradient": GateGradient.none},
     {"depth": 3, "full_depth": 1, "rank": 2, "gate_gradient": GateGradient.magnitude},
+    {"depth": 3, "full_depth": 1, "rank": 2, "num_trees": 4},
 ]
 MODELS: list[dict[str, Any]] = [
     {"name": ModelName.transformer, "width": 8, "heads": 2, "feed_forward": 20},
@@ -67,9 +68,9 @@ def test_parameters_are_those_of_the_built_model(model: dict[str, Any], tree: di
 @pytest.mark.parametrize("tree", TREES)
 def test_a_table_in_which_every_node_exists_holds_the_numbers_of_the_closed_form(tree: dict[str, Any]) -> None:
     config = TreeConfig(**tree)
-    layer = TreeLinear(5, 4, config.depth, config.full_depth, config.rank, storage="lazy")
+    shape = {"num_trees": config.num_trees, "full_depth": config.full_depth, "rank": config.rank}
+    layer = random_tree(config.depth, dtype=torch.float32, storage="lazy", **shape)
     assert layer.table is not None
-    layer.table.ensure([torch.arange(2**level - 1, 2 ** (level + 1) - 1) for level in range(config.depth + 1)])
     assert tree_cost(5, 4, config).node_parameters == sum(store.data.numel() for _, store in layer.table.stores())
 
 
@@ -100,14 +101,14 @@ class Macs(TorchDispatchMode):
         ({"depth": 3, "full_depth": 1, "rank": 2}, 3 * 5 + 2 * (4 * 5) + 2 * 2 * (4 + 5)),
         ({"depth": 2, "full_depth": 0, "rank": 1, "gate": GateName.hash}, 2 * 5 + 4 * 5 + 2 * (4 + 5)),
         ({"depth": 3, "gate": GateName.sign}, 4 * (4 * 5)),
+        ({"depth": 3, "full_depth": 1, "rank": 2, "num_trees": 2}, 2 * 3 * 5 + 2 * (4 * 5) + 2 * 2 * (2 * 5 + 4)),
     ],
 )
 def test_macs_of_a_tree_are_its_gates_and_the_products_on_one_path(tree: dict[str, Any], by_hand: int, storage: str) -> None:
     config = TreeConfig(**tree)
     assert tree_cost(5, 4, config).macs == by_hand
-    layer = TreeLinear(5, 4, config.depth, config.full_depth, config.rank, config.gate.value, storage=storage, bias=False)
-    if layer.table is not None:
-        layer.table.ensure([torch.arange(2**level - 1, 2 ** (level + 1) - 1) for level in range(config.depth + 1)])
+    shape = {"num_trees": config.num_trees, "full_depth": config.full_depth, "rank": config.rank, "gate": config.gate.value}
+    layer = random_tree(config.depth, dtype=torch.float32, storage=storage, bias=False, **shape)
     with Macs() as macs, torch.no_grad():
         layer(torch.randn(10, 5))
     assert macs.count == 10 * by_hand

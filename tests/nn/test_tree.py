@@ -411,6 +411,11 @@ def test_hash_planes_come_from_the_seed_and_never_change(storage: str) -> None:
         ({"gate": "sign", "depth": 6}, "6 bits", "5"),
         ({"gate_gradient": "reinforce"}, "gate_gradient='reinforce'", "straight_through"),
         ({"storage": "sparse"}, "storage='sparse'", "lazy"),
+        ({"num_trees": 3}, "num_trees=3", "2 or 4"),
+        ({"num_trees": 0}, "num_trees=0", "use 1"),
+        ({"num_trees": 9}, "num_trees=9", "use 4"),
+        ({"num_trees": 4, "depth": 61, "storage": "lazy"}, "num_trees=4 trees of depth=61", "smaller depth"),
+        ({"num_trees": 2, "gate": "sign"}, "6 bits", "5"),
     ],
 )
 def test_options_out_of_range_are_refused_with_what_was_given_and_what_is_needed(

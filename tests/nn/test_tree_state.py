@@ -16,7 +16,14 @@ from distcond.nn import TreeLinear
 from distcond.optim import RowAdam
 from tests.trees import tokens
 
-LAZY: list[dict[str, Any]] = [{}, {"bias": False}, {"full_depth": 1, "rank": 2}, {"gate": "hash"}, {"depth": 0}]
+LAZY: list[dict[str, Any]] = [
+    {},
+    {"bias": False},
+    {"full_depth": 1, "rank": 2},
+    {"gate": "hash"},
+    {"depth": 0},
+    {"full_depth": 1, "rank": 2, "num_trees": 2},
+]
 
 
 def make(seed: int = 0, **options: Any) -> TreeLinear:
@@ -120,6 +127,8 @@ MISMATCHES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"full_depth": 1, "rank": 2}),
     ({}, {"storage": "dense"}),
     ({"storage": "dense"}, {}),
+    ({}, {"num_trees": 2}),
+    ({"storage": "dense", "num_trees": 2}, {"storage": "dense"}),
 ]
 
 

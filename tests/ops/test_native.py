@@ -146,6 +146,20 @@ def test_backward_is_that_of_torch(size: tuple[Any, ...], gates: str) -> None:
 
 @needs_gcc
 @pytest.mark.usefixtures("compiled")
+def test_a_forest_of_which_one_tree_is_visited_is_that_tree() -> None:
+    """As on a rank that holds no other: there is one root, which is all that the kernels ask for."""
+    x, grad, path, rows, nodes = make((5, 3, 48, 17, 3, 90, "random"), 0.0, bias=True)
+    forest = tree_path(leaves_of("random", 90, 5) + (2 << 5), 5, num_trees=3)
+    results = []
+    for way in (path, forest):
+        schedule, out = Schedule.of(way, 3, nodes), NodeTensors(*(torch.full_like(part, torch.nan) for part in nodes))
+        y = tree_forward(x, way, rows, nodes, schedule)
+        results.append([y, *tree_backward(x, grad, way, rows, nodes, schedule, range(1, 6), out), *out])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@needs_gcc
+@pytest.mark.usefixtures("compiled")
 def test_results_repeat_bit_for_bit_and_any_number_of_threads_agrees() -> None:
     before, results = torch.get_num_threads(), []
     try:
@@ -183,7 +197,7 @@ def trained(name: str, storage: str, dtype: torch.dtype = torch.float32, **optio
 @needs_gcc
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("storage", ["lazy", "dense"])
-@pytest.mark.parametrize("options", [{}, {"bias": False}])
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"num_trees": 3}])
 def test_training_is_that_of_torch(storage: str, options: dict[str, Any]) -> None:
     """Adam's first steps divide by a gradient's size, so that rounding counts where a gradient nearly cancels."""
     for one, other in zip(trained("native", storage, **options), trained("torch", storage, **options), strict=True):

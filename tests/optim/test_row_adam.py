@@ -172,7 +172,7 @@ def test_untouched_nodes_stay_as_they_are(storage: str) -> None:
     ("gate", "dtype", "weight_decay"),
     [("linear", torch.float64, 0.3), ("hash", torch.float64, 0.0), ("linear", torch.float32, 0.0), ("hash", torch.float32, 0.3)],
 )
-@pytest.mark.parametrize("options", SHAPES)
+@pytest.mark.parametrize("options", [*SHAPES, {"full_depth": 1, "rank": 2, "num_trees": 2}, {"num_trees": 4}])
 def test_lazy_equals_dense_after_any_number_of_steps(
     options: dict[str, Any], gate: str, dtype: torch.dtype, weight_decay: float
 ) -> None:
@@ -199,7 +199,7 @@ def test_lazy_equals_dense_after_any_number_of_steps(
     torch.testing.assert_close(nodes_of(dense), nodes_of(lazy), **tolerance)
     torch.testing.assert_close(dense.gate.running_mean, lazy.gate.running_mean, **tolerance)
     torch.testing.assert_close(dense.gate.weight, lazy.gate.weight, **tolerance)
-    assert 9 < lazy.num_materialized < 31
+    assert 9 < lazy.num_materialized < dense.num_materialized
 
 
 @pytest.mark.parametrize("storage", ["dense", "lazy"])

@@ -13,13 +13,15 @@ from distcond.optim.sharded import ShardedRows
 from tests.thread_ranks import ThreadGroup, run_threads
 from tests.trees import path, random_tree, tokens
 
-STEPS, BATCH, DEPTH = 3, 12, 4
+STEPS, BATCH, DEPTH, OUT = 3, 12, 4, 6
 # float64: sums over ranks in another order, 1e-16, through Adam's quotients and three steps.
 CLOSE = {"rtol": 0, "atol": 1e-11}
 SHAPES: list[dict[str, Any]] = [
     {"full_depth": 1, "rank": 2},
     {"bias": False, "gate": "hash"},
     {"full_depth": 2, "rank": 1, "gate_gradient": "magnitude"},
+    {"full_depth": 1, "rank": 2, "num_trees": 3},
+    {"num_trees": 2, "bias": False, "gate_gradient": "magnitude"},
 ]
 PLACEMENTS: list[tuple[list[int], int, int | None]] = [
     ([5, 7], 2, None),  # tokens per rank, expert-parallel size, shard level
@@ -62,7 +64,7 @@ def train(rank: int, groups: Groups, layer: TreeLinear, counts: list[int], shard
     norms, outputs, gates = [], [], []
     for step in range(STEPS):
         for micro in range(2):
-            x, target = tokens(BATCH, seed=2 * step + micro), tokens(BATCH, 4, seed=100 + 2 * step + micro)
+            x, target = tokens(BATCH, seed=2 * step + micro), tokens(BATCH, OUT, seed=100 + 2 * step + micro)
             mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
             y = layer(x[mine])
             # Ranks divide by the size of the whole batch; the rows then take the mean over ranks.
@@ -89,7 +91,7 @@ def test_any_number_of_ranks_trains_the_table_that_one_rank_would(
     counts: list[int], expert: int, shard_level: int | None, options: dict[str, Any]
 ) -> None:
     torch.manual_seed(0)
-    layer = TreeLinear(5, 4, DEPTH, storage="lazy", **options).double()
+    layer = TreeLinear(5, OUT, DEPTH, storage="lazy", **options).double()
     alone_groups = Groups(1, 1)
     alone_layer = copy.deepcopy(layer)
     alone = alone_groups.run(lambda rank: train(rank, alone_groups, alone_layer, [BATCH], None))[0]

@@ -63,9 +63,15 @@ def test_by_default_every_rank_gets_several_subtrees_and_nearly_as_many_as_the_n
     assert plan.shard_level == 0 or trees * 2 ** (plan.shard_level - 1) < SUBTREES_PER_RANK * ranks  # the least such level
 
 
-@pytest.mark.parametrize(("depth", "ranks", "sharded"), [(3, 1, False), (0, 2, False), (1, 2, True), (1, 3, False), (2, 3, True)])
-def test_tokens_travel_only_where_there_is_a_subtree_for_every_rank(depth: int, ranks: int, sharded: bool) -> None:
-    assert SubtreePlan.make(depth, ranks).is_sharded == sharded
+@pytest.mark.parametrize(
+    ("depth", "ranks", "trees", "sharded"),
+    [
+        (3, 1, 1, False), (0, 2, 1, False), (1, 2, 1, True), (1, 3, 1, False), (2, 3, 1, True),
+        (0, 2, 2, True), (0, 3, 2, False), (1, 3, 2, True), (4, 2, 16, True), (3, 1, 2, False),
+    ],
+)  # fmt: skip
+def test_tokens_travel_only_where_there_is_a_subtree_for_every_rank(depth: int, ranks: int, trees: int, sharded: bool) -> None:
+    assert SubtreePlan.make(depth, ranks, num_trees=trees).is_sharded == sharded
 
 
 def test_the_shard_level_never_passes_the_depth() -> None:

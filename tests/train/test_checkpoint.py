@@ -105,8 +105,14 @@ PLACES = {
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """An uninterrupted run of 8 steps on 2 ranks with checkpoints of every second step."""
-    constant = {**OPTIONS, "optim__schedule": "constant", "train__max_steps": 8, "checkpoint__keep_last": 4}
+    """An uninterrupted run of 8 steps of a forest on 2 ranks with checkpoints of every second step."""
+    constant = {
+        **OPTIONS,
+        "model__tree__num_trees": 2,
+        "optim__schedule": "constant",
+        "train__max_steps": 8,
+        "checkpoint__keep_last": 4,
+    }
     config = small_config(tmp_path_factory.mktemp("runs"), **constant)
     train_run(config)
     return config

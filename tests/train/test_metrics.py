@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from distcond.nn import TreeLinear
 from distcond.nn.model import SUMS
-from distcond.train.metrics import is_better, ponder, quality
+from distcond.table import Collective
+from distcond.train.metrics import is_better, ponder, quality, tree_usage
 from tests.helpers import run_ranks
 from tests.train.foreign import WIDTH, Theirs, start, train
 from tests.train.traces import rows_by_node
+from tests.trees import random_tree, tokens
 
 
 def sums(**figures: float) -> Tensor:
@@ -49,8 +51,6 @@ def test_nothing_counted_is_not_a_number() -> None:
 
 def usage_of_a_loop(expert_parallel_size: int) -> tuple[dict[str, float], dict[str, list[int]], dict[str, set[int]]]:
     """What `tree_usage` says of two steps, the leaf of every token this rank routed, and the nodes it holds."""
-    from distcond.train.metrics import tree_usage
-
     leaves: dict[str, list[int]] = {}
     engine = start(1, accumulation=2, expert_parallel_size=expert_parallel_size)
     with torch.no_grad():  # on rank r, r + 1 rows of each of two layers, outside of training
@@ -97,9 +97,26 @@ def test_tree_usage_counts_every_token_of_every_rank_once(world_size: int, exper
     nodes: dict[str, set[int]] = {}
     for usage, own_leaves, own_nodes in ranks:
         assert usage == ranks[0][0]
-        for name, tokens in own_leaves.items():
-            leaves.setdefault(name, []).extend(tokens)
+        for name, routed in own_leaves.items():
+            leaves.setdefault(name, []).extend(routed)
         for name, held in own_nodes.items():
             nodes.setdefault(name, set()).update(held)
     nonfinite = 2 * sum(range(1, world_size + 1))
     assert ranks[0][0] == pytest.approx(by_hand(leaves, nodes) | {"tree/nonfinite_inputs": nonfinite})
+
+
+def test_usage_of_a_forest_is_the_mean_over_its_trees() -> None:
+    alone = [random_tree(4, storage="lazy", seed=tree).train() for tree in range(3)]
+    forest = random_tree(4, sizes=(5, 12), storage="lazy", num_trees=3)
+    assert forest.gate is not None
+    gates = [tree.gate for tree in alone if tree.gate is not None]
+    with torch.no_grad():
+        forest.gate.weight.copy_(torch.cat([gate.weight for gate in gates]))
+        forest.gate.running_mean.copy_(torch.cat([gate.running_mean for gate in gates]))
+    usages = []
+    for layers in ([forest], alone):
+        for layer in layers:
+            layer.records_loads = True
+            layer(tokens(40)).sum().backward()
+        usages.append(tree_usage(nn.ModuleList(layers), Collective(), Collective()))
+    assert usages[0] == pytest.approx(usages[1]) and usages[0]["tree/dead_leaves"] > 0

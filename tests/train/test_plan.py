@@ -23,6 +23,8 @@ CONFIGS: list[dict[str, Any]] = [
     {"cluster__num_workers": 4, "model__tree__depth": 7, "model__tree__full_depth": 3, "optim__zero_stage": 3},
     {"cluster__num_workers": 4, "model__tree__depth": 5, "cluster__expert_parallel_size": 2, "cluster__shard_level": 1},
     {"cluster__num_workers": 2, "model__tree__depth": 4, "cluster__shard_level": 3},
+    {"cluster__num_workers": 2, "model__tree__depth": 4, "model__tree__num_trees": 4},
+    {"cluster__num_workers": 2, "model__tree__num_trees": 16, "model__tree__gate": "sign", "model__tree__depth": 1},
 ]
 
 
@@ -40,9 +42,9 @@ def number(text: str, before: str, after: str) -> int:
 def node_parameters(layer: TreeLinear, plan: SubtreePlan, rank: int) -> int:
     """Numbers in the rows of one rank when every node exists, counted one node at a time."""
     assert layer.table is not None
-    nodes = torch.arange(2 ** (layer.depth + 1) - 1)
+    nodes = torch.arange(layer.layout.num_ids)
     held = (plan.node_owner(nodes) == -1) | (plan.node_owner(nodes) == rank)
-    full = nodes < 2 ** (layer.full_depth + 1) - 1
+    full = nodes < layer.layout.num_full_ids
     return int((held & full).sum()) * layer.table.full.width + int((held & ~full).sum()) * layer.table.low.width
 
 
@@ -58,9 +60,10 @@ def test_dry_run_tells_the_parameters_and_the_placement(tmp_path: Path, make: An
     assert number(text, "dense parameters", "") == cost.dense_parameters == dense
     layers = [layer for layer in learner.modules() if isinstance(layer, TreeLinear) and layer.table is not None]
     size = config.cluster.expert_parallel_size or config.cluster.num_workers
-    plan = SubtreePlan.make(config.model.tree.depth, size, config.cluster.shard_level)
+    tree = config.model.tree
+    plan = SubtreePlan.make(tree.depth, size, config.cluster.shard_level, tree.num_trees)
     ranks = [sum(node_parameters(layer, plan, rank) for layer in layers) for rank in range(size)]
-    everything = sum(node_parameters(layer, SubtreePlan.make(layer.depth, 1), 0) for layer in layers)
+    everything = sum(node_parameters(layer, SubtreePlan.make(layer.depth, 1, num_trees=layer.num_trees), 0) for layer in layers)
     assert number(text, "node parameters", " if every") == cost.node_parameters == everything
     if layers:
         assert number(text, "up to", " bytes of rows per rank") == 12 * max(ranks)  # a weight and two moments, fp32
