@@ -9,6 +9,7 @@ import torch
 
 from distcond import bench, cli
 from distcond.bench import timing
+from distcond.bench.inference import zipf_tree
 from distcond.bench.timing import Machine, Place, time_beside_limits, time_in_turn
 from distcond.bench.tree import Case, prepared_layer, work_of
 
@@ -64,6 +65,14 @@ def test_layers_and_leaves_are_as_asked() -> None:
     (uniform, x), (zipf, z) = (prepared_layer(Case(8, 512, 16, 4, leaves=leaves)) for leaves in ("uniform", "zipf"))
     busiest = [layer.leaf(tokens).flatten().bincount().max() for layer, tokens in ((uniform, x), (zipf, z))]
     assert busiest[1] > 4 * busiest[0]
+
+
+def test_tokens_of_inference_reach_leaves_as_often_as_zipf_has_it() -> None:
+    layer, x = zipf_tree(depth=3, width=8, tokens=4000)
+    counts = layer.leaf(x).flatten().bincount(minlength=8).sort(descending=True).values
+    frequency = 1.0 / torch.arange(1, 9) ** 1.1
+    expected = 4000 * frequency / frequency.sum()
+    assert bool(((counts - expected).abs() < 5 * expected.sqrt()).all())  # five standard errors
 
 
 @pytest.mark.parametrize("what", cli.BENCHES)

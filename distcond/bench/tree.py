@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from distcond.bench.inference import bench_inference
 from distcond.bench.report import Row
 from distcond.bench.timing import CPU, Place, places, time_beside_limits
 from distcond.nn import TreeLinear
@@ -42,6 +43,7 @@ def bench_tree(quick: bool = False) -> Iterator[Row]:
     for case in QUICK if quick else [*FULL_NODES, *AGAINST_DENSE, *DEEP]:
         for place in places():
             yield _row(case, place)
+    yield from bench_inference(quick)
 
 
 def _row(case: Case, place: Place) -> Row:

@@ -1,6 +1,7 @@
 """Layers and models. `TreeLinear` and `AdaptiveComputation` need torch alone and fit into anyone's code."""
 
+from distcond.nn.flat import FlatTree, flatten
 from distcond.nn.halting import AdaptiveComputation, FixedComputation, PonderStats
 from distcond.nn.tree import TreeLinear
 
-__all__ = ["AdaptiveComputation", "FixedComputation", "PonderStats", "TreeLinear"]
+__all__ = ["AdaptiveComputation", "FixedComputation", "FlatTree", "PonderStats", "TreeLinear", "flatten"]
