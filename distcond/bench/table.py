@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from distcond.bench.large import bench_large
 from distcond.bench.report import Row
+from distcond.bench.rivals import against, fbgemm
 from distcond.bench.timing import time_beside_limits, time_in_turn
 from distcond.optim.row_adam import RowAdam, add_state
 from distcond.table import RowStore
@@ -13,6 +15,7 @@ from distcond.table import RowStore
 ROWS = [(1_000, 4096), (1_000, 65_536), (10_000, 1024), (100_000, 256)]
 "Touched rows, numbers in each."
 QUICK_ROWS = [(1_000, 256)]
+RIVAL_ROWS = [(1_000, 4096), (10_000, 1024), (100_000, 256)]
 SIZES, QUICK_SIZES, TOUCHED, WIDTH = (2**12, 2**16, 2**20), (2**8, 2**12), 512, 513
 "Nodes in a table, of which `TOUCHED` are touched a step, `WIDTH` numbers each."
 NEW = 8
@@ -21,8 +24,11 @@ PASSES = 7
 "What Adam cannot do without: read weight, gradient and two moments, write three."
 
 
-def bench_table(quick: bool = False) -> Iterator[Row]:
-    """Milliseconds of an update of touched rows, and of a step on tables that differ in size alone."""
+def bench_table(quick: bool = False, large: bool = False) -> Iterator[Row]:
+    """Milliseconds of an update of touched rows, of a step on tables that differ in size alone, and of a rival.
+
+    large: also a table of 10^9 numbers on two ranks, which takes 12 GB with its moments.
+    """
     for touched, width in QUICK_ROWS if quick else ROWS:
         times, machine = time_beside_limits({"update": _update(touched, width)})
         floor = machine.floor_ms(0.0, PASSES * 4.0 * touched * width)
@@ -31,6 +37,19 @@ def bench_table(quick: bool = False) -> Iterator[Row]:
     times = time_in_turn({str(size): _step(size) for size in sizes})
     for size in sizes:
         yield _row("step", size, TOUCHED, WIDTH, times[str(size)].median, times[str(sizes[0])].median, f"{sizes[0]:,} nodes")
+    yield from against({fbgemm.NAME: _against_fbgemm}, quick)
+    if large:
+        yield from bench_large(quick)
+
+
+def _against_fbgemm(quick: bool) -> Iterator[Row]:
+    """The update alone (theirs: SGD within backward; ours: Adam, which moves two moments more), and with the look-up."""
+    for touched, width in QUICK_ROWS if quick else RIVAL_ROWS:
+        their_update, their_step = fbgemm.table(touched, width)
+        functions = {"update": _update(touched, width), "look up, update": _lookup_and_update(touched, width)}
+        times = time_in_turn({**functions, "their update": their_update, "their look up, update": their_step})
+        for what in functions:
+            yield _row(what, 2 * touched, touched, width, times[what].median, times[f"their {what}"].median, fbgemm.NAME)
 
 
 def _row(what: str, nodes: int, touched: int, width: int, time: float, other: float, name: str) -> Row:
@@ -49,10 +68,28 @@ def _store(size: int, width: int) -> RowStore:
 
 
 def _update(touched: int, width: int) -> Callable[[], None]:
-    torch.manual_seed(0)
-    store, optimizer = _store(2 * touched, width), RowAdam(nn.Module())
-    rows, grad = torch.randperm(2 * touched)[:touched].sort().values, torch.randn(touched, width)
+    store, rows, grad, optimizer = _touched(touched, width)
     return lambda: optimizer.step_rows([(store, rows, grad)])
+
+
+def _lookup_and_update(touched: int, width: int) -> Callable[[], None]:
+    """Rows by key, a copy of them, and their update."""
+    store, rows, grad, optimizer = _touched(touched, width)
+    keys = store.keys[rows]
+
+    def step() -> None:
+        found = store.find(keys)
+        store.data.index_select(0, found)
+        optimizer.step_rows([(store, found, grad)])
+
+    return step
+
+
+def _touched(touched: int, width: int) -> tuple[RowStore, Tensor, Tensor, RowAdam]:
+    """A store, every other row of it by chance, a gradient for these."""
+    torch.manual_seed(0)
+    rows = torch.randperm(2 * touched)[:touched].sort().values
+    return _store(2 * touched, width), rows, torch.randn(touched, width), RowAdam(nn.Module())
 
 
 def _step(size: int) -> Callable[[], None]:

@@ -8,6 +8,17 @@ from torch import Tensor, nn
 
 from distcond.bench.inference import bench_inference
 from distcond.bench.report import Row
+from distcond.bench.rivals import against
+from distcond.bench.rivals.experts import NAME as EXPERTS
+from distcond.bench.rivals.experts import against_experts
+from distcond.bench.rivals.layers import (
+    DEEPSPEED_MOE,
+    FAST_FEEDFORWARD,
+    MIXTRAL,
+    against_deepspeed_moe,
+    against_fast_feedforward,
+    against_mixtral,
+)
 from distcond.bench.timing import CPU, Place, places, time_beside_limits
 from distcond.nn import TreeLinear
 from distcond.ops import TreePath
@@ -38,12 +49,23 @@ AGAINST_DENSE = [Case(6, 8192, 256, 6, gate_gradient=gradient) for gradient in (
 DEEP = [Case(20, 4096, 256, 6, rank, leaves=leaves) for rank in (1, 4) for leaves in ("uniform", "zipf")]
 
 
+RIVALS = {
+    DEEPSPEED_MOE: against_deepspeed_moe,
+    EXPERTS: against_experts,
+    MIXTRAL: against_mixtral,
+    FAST_FEEDFORWARD: against_fast_feedforward,
+}
+
+
 def bench_tree(quick: bool = False) -> Iterator[Row]:
-    """Forward and backward, lazily stored fp32 nodes that exist; one row a case and precision of the tokens."""
+    """Forward and backward, lazily stored fp32 nodes that exist, one row a case and precision of the tokens; then inference
+    of flattened trees, and rivals, each beside a tree.
+    """
     for case in QUICK if quick else [*FULL_NODES, *AGAINST_DENSE, *DEEP]:
         for place in places():
             yield _row(case, place)
     yield from bench_inference(quick)
+    yield from against(RIVALS, quick)
 
 
 def _row(case: Case, place: Place) -> Row:

@@ -63,7 +63,7 @@ def initialize(
     stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
     if stage == 0:
         ds_config["gradient_clipping"] = 0.0  # NOTE: DeepSpeed's own norm leaves the rows out; `_Stepper` clips instead
-    _start_process_group()
+    start_process_group()
     with compiling_late():
         engine, optimizer, loader, scheduler = deepspeed.initialize(model=model, config=ds_config, **options)
     engine.tables = _shard_tables(engine, model, expert_parallel_size, shard_level)
@@ -95,7 +95,7 @@ def compiling_late() -> Iterator[None]:
         compiler.compile = at_once
 
 
-def _start_process_group() -> None:
+def start_process_group() -> None:
     """Initialise DeepSpeed's communication; a process on its own is a group of one."""
     # The shared-memory operation would be compiled on first use (46 s), or fail where there is no compiler.
     # NOTE: set in the module's dictionary; to ask for the attribute is to start compilers that probe every operation.

@@ -1,0 +1,178 @@
+"""Layers that send each token to one of many weights, beside a tree of the same width and number of leaves."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from distcond.bench.ranks import on_ranks
+from distcond.bench.report import Row
+from distcond.bench.timing import Timing, time_in_turn
+from distcond.nn import TreeLinear
+from distcond.optim import RowAdam
+from distcond.table import Collective, SubtreePlan
+
+GATE_GRADIENT = "sampled"
+"The tree's gates learn, as its rivals' do; of the ways to, the one that costs one product a step."
+LR = 1e-5
+"Of all updates: small, so that the last round routes as the first one did."
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of the rival and of the tree beside it."""
+
+    tokens: int
+    width: int
+    depth: int
+    "The rival has 2**depth experts."
+
+
+class DeepSpeedMoE(nn.Module):
+    """DeepSpeed's mixture of linear experts, one expert a token, at its default capacity."""
+
+    def __init__(self, width: int, depth: int, num_ranks: int = 1) -> None:
+        super().__init__()
+        from distcond.train.engine import start_process_group
+
+        start_process_group()
+        from deepspeed.moe.layer import MoE
+
+        self.moe = MoE(width, nn.Linear(width, width), num_experts=2**depth, ep_size=num_ranks, k=1)
+        self.moe.set_deepspeed_parallelism()
+
+    def forward(self, x_TQ: Tensor) -> Tensor:
+        """[T, Q] -> [T, Q]."""
+        return self.moe(x_TQ)[0]  # type: ignore[no-any-return]
+
+
+class Mixtral(nn.Module):
+    """The sparse block of Mixtral in transformers, two experts a token, by grouped products.
+
+    An expert has three matrices of width x hidden; two of them at hidden = width / 6 take as many MACs as one matrix.
+    """
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
+
+        config = MixtralConfig(hidden_size=width, intermediate_size=width // 6, num_local_experts=2**depth, num_experts_per_tok=2)
+        config._experts_implementation = "grouped_mm"
+        self.block = MixtralSparseMoeBlock(config)
+        for parameter in self.block.parameters():
+            nn.init.normal_(parameter, std=width**-0.5)
+
+    def forward(self, x_TQ: Tensor) -> Tensor:
+        """[T, Q] -> [T, Q]."""
+        return self.block(x_TQ[None])[0]  # type: ignore[no-any-return]
+
+
+class FastFeedforward(nn.Module):
+    """fastfeedforward's FFF with leaves of two matrices of width x width / 2: as many MACs as one matrix."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        from fastfeedforward import FFF
+
+        self.layer = FFF(width, width // 2, width, depth)
+
+    def forward(self, x_TQ: Tensor) -> Tensor:
+        """[T, Q] -> [T, Q]."""
+        return self.layer(x_TQ)  # type: ignore[no-any-return]
+
+
+QUICK = Shape(tokens=64, width=48, depth=3)
+DEEPSPEED_MOE, DEEPSPEED_SHAPES = "DeepSpeed MoE", [Shape(256, 64, 10), Shape(2048, 128, 10)]
+MIXTRAL, MIXTRAL_SHAPES = "Mixtral block, grouped_mm", [Shape(256, 192, 8), Shape(2048, 192, 8), Shape(8192, 384, 8)]
+FAST_FEEDFORWARD, FAST_FEEDFORWARD_SHAPES = "fastfeedforward", [Shape(256, 64, 8)]
+
+
+def against_deepspeed_moe(quick: bool) -> Iterator[Row]:
+    """On one rank, and on two that share experts and tree."""
+    shapes = [QUICK] if quick else DEEPSPEED_SHAPES
+    yield from _against(DEEPSPEED_MOE, DeepSpeedMoE, shapes)
+    for shape in shapes:
+        times = on_ranks(time_on_two_ranks, 2, shape)[0]
+        yield _row(DEEPSPEED_MOE, shape, 2, "forward, backward", times)
+
+
+def against_mixtral(quick: bool) -> Iterator[Row]:
+    """On one rank."""
+    yield from _against(MIXTRAL, Mixtral, [QUICK] if quick else MIXTRAL_SHAPES)
+
+
+def against_fast_feedforward(quick: bool) -> Iterator[Row]:
+    """On one rank, in training."""
+    yield from _against(FAST_FEEDFORWARD, FastFeedforward, [QUICK] if quick else FAST_FEEDFORWARD_SHAPES)
+
+
+def _against(name: str, make: Callable[[int, int], nn.Module], shapes: Sequence[Shape]) -> Iterator[Row]:
+    for shape in shapes:
+        torch.manual_seed(0)
+        rival, tree = make(shape.width, shape.depth), _tree(shape)
+        x, grad = torch.randn(shape.tokens, shape.width), torch.randn(shape.tokens, shape.width)
+        for passes, step in (("forward, backward", _passes), ("forward, backward, update", _update)):
+            times = time_in_turn({"rival": step(rival, x, grad), "tree": step(tree, x, grad)})
+            yield _row(name, shape, 1, passes, times)
+
+
+def _row(name: str, shape: Shape, num_ranks: int, passes: str, times: dict[str, Timing]) -> Row:
+    return {
+        "rival": name,
+        "passes": passes,
+        "ranks": num_ranks,
+        "tokens a rank": shape.tokens,
+        "width": shape.width,
+        "experts, leaves": 2**shape.depth,
+        "ms": times["rival"].median,
+        "from": times["rival"].low,
+        "to": times["rival"].high,
+        "tree ms": times["tree"].median,
+        "rival / tree": times["rival"].median / times["tree"].median,
+    }
+
+
+def _tree(shape: Shape) -> TreeLinear:
+    return TreeLinear(shape.width, shape.width, shape.depth, gate_gradient=GATE_GRADIENT, storage="lazy")
+
+
+def _passes(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
+    """Forward and backward."""
+    rows = RowAdam(layer)
+    x = x.clone().requires_grad_()
+
+    def step() -> None:
+        layer(x).backward(grad)
+        x.grad = None
+        layer.zero_grad()
+        rows.zero_grad()
+
+    return step
+
+
+def _update(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
+    """The same and Adam: torch's fused one, and by rows where there are rows."""
+    adam = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], LR, fused=True)
+    rows = RowAdam(layer, LR)
+    x = x.clone().requires_grad_()
+
+    def step() -> None:
+        layer(x).backward(grad)
+        x.grad = None
+        adam.step()
+        rows.step()
+        layer.zero_grad()
+
+    return step
+
+
+def time_on_two_ranks(shape: Shape) -> dict[str, Timing]:
+    """Forward and backward of both layers, sharded over the ranks of the group: a rank's work."""
+    torch.manual_seed(0)
+    collective = Collective()
+    rival, tree = DeepSpeedMoE(shape.width, shape.depth, collective.size), _tree(shape)
+    tree.shard(SubtreePlan.make(shape.depth, collective.size), collective)
+    torch.manual_seed(1 + collective.rank)
+    x, grad = torch.randn(shape.tokens, shape.width), torch.randn(shape.tokens, shape.width)
+    return time_in_turn({"rival": _passes(rival, x, grad), "tree": _passes(tree, x, grad)})
