@@ -19,7 +19,12 @@ from distcond.completion import complete
 from distcond.config import Config, Kernels
 from distcond.errors import ConfigError, RunError, UserError
 
-BENCHES = ("tree", "table")
+BENCHES = {
+    "tree": "layers, beside this machine's limits and their rivals",
+    "table": "rows and their optimiser",
+    "exchange": "messages of a sharded layer, here and in a model of many ranks",
+    "train": "a step of distcond train, beside a plain loop",
+}
 
 # NOTE: torch, Ray and Hydra are imported inside the verbs that need them, once the line has been understood:
 # that is what keeps `distcond --help` and the refusal of a mistake below a second.
@@ -30,7 +35,7 @@ HELP = f"""distcond {__version__}: models that choose their weights and their am
   distcond sweep    [overrides]        search         distcond sweep sweep=depth_x_penalty train.max_steps=50
   distcond submit   train|sweep [...]  run elsewhere  distcond submit train cluster=ray cluster.num_workers=8
   distcond evaluate RUN [--step N]     measure a run  distcond evaluate runs/first
-  distcond bench    tree|table [...]   time layers    distcond bench table --json table.json
+  distcond bench    tree|table|...     time layers    distcond bench table --json table.json
 
 Overrides are group=option or key=value. `distcond train --help` lists the groups, their options and every key.
 
@@ -144,17 +149,7 @@ def _evaluate(argv: list[str]) -> int:
 
 
 def _bench(argv: list[str]) -> int:
-    parser = _Parser(
-        prog="distcond bench", description="Time layers and tables beside this machine's limits.", allow_abbrev=False
-    )
-    parser.add_argument("what", choices=BENCHES, help="tree: layers; table: rows and their optimiser")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
-    kinds = [kind.value for kind in Kernels]
-    parser.add_argument(
-        "--kernels", choices=kinds, default=kinds[0], help="of trees; native: compiled by gcc (default: %(default)s)"
-    )
-    parser.add_argument("--quick", action="store_true", help="a few small cases, to see that it works")
-    args = parser.parse_args(argv)
+    args = _bench_parser().parse_args(argv)
     if args.json is not None and not args.json.absolute().parent.is_dir():
         raise RunError(f"--json {args.json}: {args.json.parent} is not a folder; create it first.")
     _configure_logging()
@@ -163,11 +158,47 @@ def _bench(argv: list[str]) -> int:
     from distcond.train.run_folder import write_json
 
     use_kernels(args.kernels)
-    rows = list(bench.BENCHES[args.what](args.quick))
+    options: dict[str, Any] = {}
+    if args.what == "table":
+        options["large"] = args.large
+    elif args.what == "exchange":
+        link = {"latency_us": args.latency_us, "bandwidth_gb_s": args.bandwidth_gb_s}
+        options["interconnect"] = bench.Interconnect(**{name: value for name, value in link.items() if value is not None})
+    rows = list(bench.BENCHES[args.what](args.quick, **options))
     if args.json is not None:
-        write_json(args.json, rows)
+        write_json(args.json, {"bench": args.what, "machine": bench.machine(), "rows": rows})
     print(bench.show(rows))
     return 0
+
+
+def _bench_parser() -> _Parser:
+    parser = _Parser(
+        prog="distcond bench", description="Time layers and tables beside this machine's limits.", allow_abbrev=False
+    )
+    common = _Parser(add_help=False)
+    common.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too, and what machine this is")
+    kinds = [kind.value for kind in Kernels]
+    common.add_argument(
+        "--kernels", choices=kinds, default=kinds[0], help="of trees; native: compiled by gcc (default: %(default)s)"
+    )
+    common.add_argument("--quick", action="store_true", help="a few small cases, to see that it works")
+    verbs = parser.add_subparsers(dest="what", required=True, metavar="|".join(BENCHES))
+    each = {name: verbs.add_parser(name, help=text, parents=[common], allow_abbrev=False) for name, text in BENCHES.items()}
+    each["table"].add_argument("--large", action="store_true", help="also 10^9 numbers on two ranks; takes 14 GiB and minutes")
+    link = each["exchange"]
+    link.add_argument("--latency-us", type=_positive, help="of a message in the model; default: InfiniBand's")
+    link.add_argument("--bandwidth-gb-s", type=_positive, help="of a rank's link; default: an HDR port's")
+    return parser
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return value
 
 
 VERBS: dict[str, Callable[[list[str]], int]] = {

@@ -39,7 +39,8 @@ def _fixed_words(done: list[str], word: str, verbs: Iterable[str], benches: Iter
     if word.startswith("-"):
         common = ["--config", "--config-dir", "--help"]
         if done[0] == "bench":
-            return ["--json", "--quick", "--help"]
+            own = {"table": ["--large"], "exchange": ["--latency-us", "--bandwidth-gb-s"]}
+            return ["--json", "--kernels", "--quick", *own.get(done[-1], []), "--help"]
         return {"train": ["--dry-run", "--cfg", "--info", "--hydra-help"], "submit": ["--dry-run"]}.get(done[0], []) + common
     if done == ["bench"]:
         return list(benches)

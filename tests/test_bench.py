@@ -1,7 +1,12 @@
 """distcond.bench: what is timed is what is said, and the command that says it."""
 
 import json
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from importlib import import_module
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -9,9 +14,19 @@ import torch
 
 from distcond import bench, cli
 from distcond.bench import timing
+from distcond.bench.exchange import exchange_bytes
 from distcond.bench.inference import zipf_tree
+from distcond.bench.interconnect import Interconnect, predict
+from distcond.bench.large import CHUNK, QUICK_NUMBERS, bench_large
+from distcond.bench.report import Row
+from distcond.bench.rivals import against
+from distcond.bench.rivals.layers import DEEPSPEED_MOE
 from distcond.bench.timing import Machine, Place, time_beside_limits, time_in_turn
-from distcond.bench.tree import Case, prepared_layer, work_of
+from distcond.bench.tree import RIVALS, Case, prepared_layer, work_of
+from distcond.nn import TreeLinear
+from distcond.table import NodeTable, SubtreePlan
+from tests.helpers import run_ranks
+from tests.thread_ranks import ThreadGroup, run_threads
 
 
 @pytest.fixture(autouse=True)
@@ -75,20 +90,124 @@ def test_tokens_of_inference_reach_leaves_as_often_as_zipf_has_it() -> None:
     assert bool(((counts - expected).abs() < 5 * expected.sqrt()).all())  # five standard errors
 
 
-@pytest.mark.parametrize("what", cli.BENCHES)
+@pytest.fixture
+def no_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed belongs into other processes than this one, and transformers takes ten seconds to import."""
+    monkeypatch.setattr("distcond.bench.tree.RIVALS", {})
+
+
+@pytest.mark.parametrize("what", ["tree", "table", "exchange"])
 def test_the_command_prints_a_table_and_writes_the_same_rows(
-    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    what: str, no_rivals: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "rows.json"
     assert cli.main(["bench", what, "--quick", "--json", str(file)]) == 0
-    rows = json.loads(file.read_text())
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(rows) + 1 and lines[0].split() == " ".join(rows[0]).split()
-    assert all(row["ms"] > 0 for row in rows)
+    written = json.loads(file.read_text())
+    rows, lines = written["rows"], capsys.readouterr().out.splitlines()
+    tables = [list(names) for names, _ in groupby(rows, key=list)]
+    assert len(lines) == len(rows) + 2 * len(tables) - 1  # a head each, and an empty line between two
+    assert lines[0].split() == " ".join(tables[0]).split()
+    times = [value for row in rows for name, value in row.items() if name.split()[-1] == "ms"]
+    assert times and all(time > 0 for time in times)
+    assert written["bench"] == what and written["machine"]["torch"] == torch.__version__ and written["machine"]["processor"]
+
+
+def test_a_training_step_is_timed_beside_a_plain_loop() -> None:
+    (rows,) = run_ranks(train_rows, 0)
+    assert rows[0]["ms"] > 0 and rows[0]["ratio"] == pytest.approx(rows[0]["ms"] / rows[0]["plain ms"])
+
+
+def train_rows() -> list[Row]:
+    return list(bench.bench_train(quick=True))
 
 
 def test_every_bench_of_the_command_exists() -> None:
-    assert tuple(bench.BENCHES) == cli.BENCHES
+    assert list(bench.BENCHES) == list(cli.BENCHES)
+
+
+def test_a_rival_that_is_missing_is_named_and_the_others_are_timed() -> None:
+    def absent(quick: bool) -> Iterator[Row]:
+        import_module("no_such_package")
+        yield {}
+
+    def broken(quick: bool) -> Iterator[Row]:
+        raise OSError("made for another torch")
+        yield {}
+
+    rivals = {"absent": absent, "present": lambda quick: iter([{"rival": "present", "ms": 1.0}]), "broken": broken}
+    first, second, third = against(rivals, True)
+    assert first["rival"] == "absent" and "no_such_package" in str(first["missing"]) and "[bench]" in str(first["missing"])
+    assert second == {"rival": "present", "ms": 1.0}
+    assert third["rival"] == "broken" and "another torch" in str(third["missing"])
+
+
+@pytest.mark.parametrize("gate_gradient", ["none", "sampled"])
+@pytest.mark.parametrize("counts", [[[2, 3], [4, 0]], [[0, 0, 0], [7, 0, 1], [0, 5, 2]]])
+def test_bytes_counted_are_those_of_the_closed_form(counts: list[list[int]], gate_gradient: str) -> None:
+    ranks, depth, inputs, outputs = len(counts), 4, 6, 5
+    group = ThreadGroup(ranks)
+
+    def work(rank: int) -> tuple[int, int]:
+        torch.manual_seed(0)
+        layer = TreeLinear(inputs, outputs, depth, gate="sign", gate_gradient=gate_gradient, storage="lazy")
+        collective = group.collective(rank)
+        layer.shard(SubtreePlan.make(depth, ranks), collective)
+        x = tokens_owned_by(counts[rank], layer.plan, inputs).requires_grad_()
+        y = layer(x)
+        forward = collective.sent_bytes
+        y.sum().backward()
+        return forward, collective.sent_bytes - forward
+
+    def closed_form(rank: int) -> tuple[int, int]:
+        sent = sum(counts[rank]) - counts[rank][rank]
+        received = sum(row[rank] for row in counts) - counts[rank][rank]
+        return exchange_bytes(sent, received, inputs, outputs, depth, ranks)
+
+    assert run_threads(work, [group], ranks) == [closed_form(rank) for rank in range(ranks)]
+
+
+def tokens_owned_by(counts: list[int], plan: SubtreePlan, width: int) -> torch.Tensor:
+    """So many tokens for each rank, whose signs are the path to a leaf of that rank."""
+    leaves = torch.cat([torch.full((count,), plan.owner_S.index(rank)) for rank, count in enumerate(counts)])
+    leaves = leaves << (plan.depth - plan.shard_level)
+    bits = (leaves[:, None] >> torch.arange(plan.depth - 1, -1, -1)) & 1
+    return torch.cat([2.0 * bits - 1, torch.zeros(len(bits), width - plan.depth)], dim=1)
+
+
+def test_an_all_to_all_takes_the_better_of_two_algorithms() -> None:
+    link = Interconnect(latency_us=10.0, bandwidth_gb_s=1.0)
+    assert link.all_to_all_ms(2, 5, 1e6) == pytest.approx(5 * 0.01 + 1.0)  # one message a call, all bytes once
+    large = 1e12  # pairwise: each byte once
+    assert link.all_to_all_ms(64, 5, large) == pytest.approx(1e6, rel=1e-3)
+    assert link.all_to_all_ms(64, 5, 0.0) == pytest.approx(5 * 6 * 0.01)  # Bruck: log2 of the ranks messages
+    assert link.all_reduce_ms(4, 1e6) == pytest.approx(2 * 2 * 0.01 + 1.5)
+
+
+def test_the_model_charges_replicated_rows_of_both_kinds_once() -> None:
+    table = NodeTable(8, 4, depth=20, full_depth=2, rank=3, seed=0, bias=True)
+    row = predict(Interconnect(bandwidth_gb_s=1.0), 8, tokens=70, table=table, bytes_per_token=100.0, local_ms=5.0)
+    full, low = 7 * (8 * 4 + 4), 24 * (3 * (8 + 4) + 4)  # levels 0 to 4, above 32 subtrees
+    assert row["MB of shared rows"] == pytest.approx(4e-6 * (full + low))
+    assert row["MB exchanged"] == pytest.approx(1e-6 * 70 * 7 / 8 * 100)
+
+
+@pytest.mark.slow
+def test_every_rival_is_timed_or_named_as_missing(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "distcond", "bench", "tree", "--quick", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in json.loads(file.read_text())["rows"] if "rival" in row]
+    assert {row["rival"] for row in rows} == set(RIVALS)
+    assert all("missing" in row or row["ms"] > 0 for row in rows)
+    assert {row["ranks"] for row in rows if row["rival"] == DEEPSPEED_MOE} == {1, 2}
+
+
+@pytest.mark.slow
+def test_a_large_table_is_as_large_as_asked_and_touched_like_the_small_one() -> None:
+    (row,) = bench_large(quick=True)
+    assert QUICK_NUMBERS <= row["numbers"] < 1.1 * QUICK_NUMBERS + 2 * CHUNK * 576
+    assert row["touched nodes"] == pytest.approx(row["its touched nodes"], rel=0.2)
 
 
 def test_a_folder_that_is_missing_is_told_before_anything_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -195,8 +195,9 @@ def test_tab_completes_in_a_real_bash(tmp_path: Path) -> None:
     ("line", "offered"),
     [
         ("distcond ", "train sweep submit evaluate bench"),
-        ("distcond bench ", "tree table"),
-        ("distcond bench tree --", "--json --quick --help"),
+        ("distcond bench ", "tree table exchange train"),
+        ("distcond bench tree --", "--json --kernels --quick --help"),
+        ("distcond bench table --", "--json --kernels --quick --large --help"),
         ("distcond train model=", "model=rnn model=transformer"),
         ("distcond submit sweep model.tree.de", "model.tree.depth="),
         ("distcond submit ", "train sweep"),
