@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distcond.ops import (
+    Level,
     NodeTensors,
     Schedule,
     TreePath,
@@ -242,23 +243,26 @@ def test_nothing_is_asked_of_the_device(dtype: torch.dtype, scaled: bool) -> Non
     assert waits == []
 
 
+def moved(path: TreePath) -> TreePath:
+    """A path on the meta device, which has no numbers to ask for."""
+    levels = [Level(*(part.to("meta") for part in (level.nodes_G, level.parent_G, level.count_G))) for level in path.levels]
+    return TreePath(path.order_T.to("meta"), path.place_T.to("meta"), levels)
+
+
+def test_on_other_devices_levels_are_merged_or_gathered_and_none_goes_node_by_node() -> None:
+    nodes = NodeTensors(*(torch.zeros(0, *shape) for shape in ((64, 64), (64,), (1, 64), (2, 64))))
+    one_leaf, uniform = (moved(TreePath.of(leaf, 10)) for leaf in (torch.full((1024,), 77), torch.arange(2**10)))
+    assert Schedule.of(one_leaf, 4, nodes) == Schedule(full_depth=4, merged=4, gathered=5)
+    assert Schedule.of(uniform, 4, nodes) == Schedule(full_depth=4, merged=3, gathered=5)  # 2**3 nodes of 128 tokens
+
+
 def test_tensors_on_other_devices_are_batched() -> None:
-    """Seen on the meta device, which has no numbers to ask for."""
     case = make_case(4, 3, tokens=30, sizes=(8, 16, 2))
-
-    def moved(tensor: Tensor) -> Tensor:
-        return tensor.to("meta")
-
-    levels = [
-        type(level)(*(moved(part) for part in (level.nodes_G, level.parent_G, level.count_G))) for level in case.path.levels
-    ]
-    path, rows = TreePath(moved(case.path.order_T), moved(case.path.place_T), levels), [moved(row) for row in case.rows]
-    nodes, x = NodeTensors(*(moved(tensor) for tensor in case.nodes)), moved(case.x)
-    schedule, out, grad_y = Schedule.of(path, 3, nodes), unwritten(nodes), x.new_empty(30, 8)
+    path, rows = moved(case.path), [row.to("meta") for row in case.rows]
+    nodes, x = NodeTensors(*(tensor.to("meta") for tensor in case.nodes)), case.x.to("meta")
+    schedule, out, grad_y, scale = Schedule(3, 2, 4), unwritten(nodes), x.new_empty(30, 8), x.new_empty(30, 4)
     assert factor_dtype(torch.bfloat16, nodes) == torch.bfloat16 != factor_dtype(torch.bfloat16, case.nodes)
     assert factor_dtype(torch.float32, NodeTensors(*(tensor.bfloat16() for tensor in nodes))) == torch.bfloat16
-    assert schedule.gathered == 4 and schedule.merged == 0  # fewer than 128 tokens a node
-    scale = x.new_empty(30, 4)
     assert tree_forward(x, path, rows, nodes, schedule).shape == (30, 8)
     assert scaled_forward(x, scale, path, rows, nodes, schedule).shape == (30, 8)
     grads = tree_backward(x, grad_y, path, rows, nodes, schedule, (1,), out)
