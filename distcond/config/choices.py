@@ -35,10 +35,11 @@ class GateGradient(StrEnum):
 
 
 class Storage(StrEnum):
-    """Where the node matrices live: plain parameters, or a table that grows with the nodes the data visits."""
+    """Where the node matrices live: plain parameters, or a table that grows with the visits, beside the layer or on the host."""
 
     dense = "dense"
     lazy = "lazy"
+    host = "host"
 
 
 class HaltingKind(StrEnum):

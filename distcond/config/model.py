@@ -23,7 +23,7 @@ class TreeConfig:
     gate_gradient: GateGradient = GateGradient.straight_through
     "straight_through: gates learn as if a bit were t = tanh|g|. sampled: one full level a step. magnitude: levels times t. none."
     storage: Storage = Storage.lazy
-    "lazy: nodes exist once data reached them, sharded over ranks. dense: ordinary parameters, every node exists."
+    "lazy: nodes exist once data reached them, sharded over ranks. host: lazy, in host memory. dense: parameters, all exist."
 
     @property
     def deepest_full_level(self) -> int:
@@ -42,7 +42,7 @@ class TreeConfig:
         need(full is None or full >= 0, f"model.tree.full_depth={full} is negative; use 0 or more, or null for all levels.")
         need(self.rank >= 1, f"model.tree.rank={self.rank} is below 1; use 1 or more.")
         need(
-            self.storage == Storage.lazy or self.depth <= 20,
+            self.storage != Storage.dense or self.depth <= 20,
             f"model.tree.depth={self.depth} with storage=dense would hold 2**{self.depth + 1} - 1 matrices; use storage=lazy.",
         )
 

@@ -72,7 +72,7 @@ def model_cost(config: ModelConfig, *, input_size: int, output_size: int, length
         per_step, per_position = tree.macs, output_size * width
     gates_learn = config.tree.gate == GateName.linear and config.tree.gate_gradient != GateGradient.none
     gates = tree.gate_parameters if gates_learn else 0
-    in_table = config.tree.depth > 0 and config.tree.storage == "lazy"
+    in_table = config.tree.depth > 0 and config.tree.storage != "dense"
     return ModelCost(
         dense_parameters=dense + gates + halting + (0 if in_table else tree.node_parameters),
         node_parameters=tree.node_parameters if in_table else 0,

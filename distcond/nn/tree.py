@@ -37,7 +37,8 @@ class TreeLinear(nn.Module):
         "magnitude": level l's contribution is multiplied by tanh|g_l| itself, an ordinary gradient: the layer is continuous
         in its gates, but no longer one matrix a leaf; "none": the gates do not learn.
     storage: "dense": `nn.Parameter`s of all nodes, any torch optimiser trains them. "lazy": rows that are born with
-        their first gradient, trained by `distcond.optim.RowAdam`, sharded by `distcond.initialize`.
+        their first gradient, trained by `distcond.optim.RowAdam`, sharded by `distcond.initialize`. "host": the same, but
+        rows and what the optimiser keeps of them stay in host memory wherever the layer is; touched rows travel to it.
     num_trees: the outputs are split into this many groups, each with a tree and bits of its own; divides out_features.
     bias: whether nodes carry a bias, summed along the path like the weights.
 
@@ -84,8 +85,10 @@ class TreeLinear(nn.Module):
         self._leaf_loads: list[tuple[Tensor, Tensor]] = []
         self._nonfinite = torch.zeros((), dtype=torch.int64)
         shape = (in_features, out_features // num_trees, depth, full_depth, self.rank)
-        self.layout = NodeTable(*shape, seed=int(self.seed), bias=bias, num_trees=num_trees)
-        self.table = self.layout if storage == "lazy" else None
+        self.rows_stay = storage == "host"
+        device = "cpu" if self.rows_stay else None
+        self.layout = NodeTable(*shape, seed=int(self.seed), bias=bias, num_trees=num_trees, device=device)
+        self.table = None if storage == "dense" else self.layout
         if self.table is None:
             self._make_parameters()
         self._set_root(root.weight, root.bias)
@@ -217,7 +220,8 @@ class TreeLinear(nn.Module):
         bias_MP = None if bias is None else bias.unflatten(0, (self.num_trees, -1))
         if self.table is not None:
             flat_MW = weight_MPQ.flatten(1) if bias_MP is None else torch.cat([weight_MPQ.flatten(1), bias_MP], dim=1)
-            self.table.full.replace(self._trees(), flat_MW.to(self.table.full.data.dtype))
+            store = self.table.full
+            store.replace(self._trees().to(store.keys.device), flat_MW.to(store.data))
             return
         self.weight[: self.num_trees] = weight_MPQ
         if bias_MP is not None:
@@ -299,7 +303,7 @@ class TreeLinear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Tables, and where gradients of rows are made, follow to another device, and to fp64; never below fp32."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        move_rows(self.layout, fn)
+        move_rows(self.layout, fn, stay=self.rows_stay)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

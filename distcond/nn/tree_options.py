@@ -2,7 +2,7 @@
 
 from distcond.config.check import nearest_divisors
 
-STORAGES = ("dense", "lazy")
+STORAGES = ("dense", "lazy", "host")
 GATE_GRADIENTS = ("straight_through", "sampled", "magnitude", "none")
 
 

@@ -21,7 +21,7 @@ from distcond.ops import (
     tree_forward,
     tree_path,
 )
-from distcond.table import Collective, NodeTable, Route, SubtreePlan
+from distcond.table import Collective, NodeTable, Route, SubtreePlan, copy_rows
 
 
 class TreeNodes(Protocol):
@@ -38,6 +38,8 @@ class TreeNodes(Protocol):
     collective: Collective | None
     layout: NodeTable
     table: NodeTable | None
+    rows_stay: bool
+    "Whether the table's rows may be on another device than the tokens."
 
     def node_tensors(self, parameters: tuple[Tensor, ...]) -> NodeTensors:
         """The stored nodes as matrices, from the table or from the given parameters."""
@@ -69,14 +71,14 @@ class TreeProduct(torch.autograd.Function):
             route = Route.to(layer.plan.owner(leaf_V), layer.collective)
             local_TQ, scale_VK, leaf_V = _dispatch(route, layer.num_trees, local_TQ, scale_VK, leaf_V)
         path = tree_path(leaf_V, layer.depth, layer.num_trees)
-        nodes = layer.node_tensors(parameters)
         rows = _rows(layer, path)
+        places, nodes = _nodes(layer, rows, parameters, x_TQ.device)
         schedule = Schedule.of(path, layer.full_depth, nodes)
         factor_TQ = local_TQ.to(factor_dtype(x_TQ.dtype, nodes))
         if layer.scales_levels:
-            y_VP = scaled_forward(factor_TQ, scale_VK.to(nodes.weight_SPQ.dtype), path, rows, nodes, schedule)
+            y_VP = scaled_forward(factor_TQ, scale_VK.to(nodes.weight_SPQ.dtype), path, places, nodes, schedule)
         else:
-            y_VP = tree_forward(factor_TQ, path, rows, nodes, schedule)
+            y_VP = tree_forward(factor_TQ, path, places, nodes, schedule)
         ctx.save_for_backward(local_TQ, scale_VK, *parameters)
         ctx.layer, ctx.path, ctx.rows, ctx.schedule, ctx.route = layer, path, rows, schedule, route
         ctx.dtype, ctx.soft_dtype = x_TQ.dtype, soft_VK.dtype
@@ -94,21 +96,24 @@ class TreeProduct(torch.autograd.Function):
         levels, rows = [level.nodes_G for level in path.levels], ctx.rows
         if layer.table is not None and bool((torch.cat(rows) < 0).any()):
             rows = layer.table.ensure(levels)
-        nodes = layer.node_tensors(tuple(parameters))
-        dtype = nodes.weight_SPQ.dtype
-        full_GW, low_GW = (part.to(dtype) for part in layer.layout.new_gradient(levels))
-        out = layer.layout.as_matrices(full_GW, low_GW)
+        places, nodes = _nodes(layer, rows, tuple(parameters), grad_VP.device)
+        wanted = nodes.weight_SPQ
+        kept = layer.layout.new_gradient(levels)
+        made = [_room_like(part, wanted) for part in kept]
+        out = layer.layout.as_matrices(*made)
         with torch.autocast(grad_VP.device.type, enabled=False):
             local_TQ, grad_VP = (part.to(factor_dtype(ctx.dtype, nodes)) for part in (local_TQ, grad_VP))
             if layer.scales_levels:
-                scaled = (local_TQ, scale_VK.to(dtype), grad_VP)
-                grad_x, grad_soft = scaled_backward(*scaled, path, rows, nodes, ctx.schedule, out)
+                scaled = (local_TQ, scale_VK.to(wanted.dtype), grad_VP)
+                grad_x, grad_soft = scaled_backward(*scaled, path, places, nodes, ctx.schedule, out)
             else:
-                grad_x, grad_soft = tree_backward(local_TQ, grad_VP, path, rows, nodes, ctx.schedule, ctx.gate_levels, out)
+                grad_x, grad_soft = tree_backward(local_TQ, grad_VP, path, places, nodes, ctx.schedule, ctx.gate_levels, out)
         layer.note_backward(path, ctx.statistics)
         grads: tuple[Tensor | None, ...] = (None,)
         if layer.table is not None:
-            layer.table.add_gradient(rows, full_GW, low_GW)
+            if layer.rows_stay:
+                made = [own.copy_(part) for own, part in zip(kept, made, strict=True)]
+            layer.table.add_gradient(rows, *made)
         else:
             grads = _dense_gradients(layer, parameters, rows, out)
         if ctx.route is not None:
@@ -141,6 +146,22 @@ def _rows(layer: TreeNodes, path: TreePath) -> list[Tensor]:
         first_low = layer.layout.num_full_ids
         return [nodes_G - (first_low if number > layer.full_depth else 0) for number, nodes_G in enumerate(levels)]
     return layer.table.find(levels)
+
+
+def _nodes(
+    layer: TreeNodes, rows: list[Tensor], parameters: tuple[Tensor, ...], device: torch.device
+) -> tuple[list[Tensor], NodeTensors]:
+    """The nodes' matrices where the tokens are, and the row of each node on the path among these."""
+    if layer.table is not None and layer.rows_stay:
+        return copy_rows(layer.table, rows, device)
+    return rows, layer.node_tensors(parameters)
+
+
+def _room_like(rows_GW: Tensor, wanted: Tensor) -> Tensor:
+    """Uninitialised rows of this shape, in the place and precision of another tensor; these, where they fit."""
+    if rows_GW.device == wanted.device and rows_GW.dtype == wanted.dtype:
+        return rows_GW
+    return torch.empty_like(rows_GW, device=wanted.device, dtype=wanted.dtype)
 
 
 def _dense_gradients(layer: TreeNodes, parameters: list[Tensor], rows: list[Tensor], out: NodeTensors) -> tuple[Tensor, ...]:

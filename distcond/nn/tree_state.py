@@ -9,11 +9,11 @@ from torch import Tensor
 from distcond.table import NodeTable, RowStore
 
 
-def move_rows(table: NodeTable, fn: Callable[[Tensor], Tensor]) -> None:
-    """Move the rows as `fn` moves a tensor, to another device and to fp64; never below fp32."""
+def move_rows(table: NodeTable, fn: Callable[[Tensor], Tensor], *, stay: bool) -> None:
+    """Move the rows as `fn` moves a tensor, to another device (unless they stay) and to fp64; never below fp32."""
     for _, store in _stores(table):
         probe = fn(store.data[:0])
-        store.move(probe.device, torch.promote_types(probe.dtype, torch.float32))
+        store.move(store.data.device if stay else probe.device, torch.promote_types(probe.dtype, torch.float32))
 
 
 def row_names(table: NodeTable | None, prefix: str) -> set[str]:

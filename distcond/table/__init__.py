@@ -1,9 +1,10 @@
 """Node tables: rows by node id, their placement over ranks, and the exchange of tokens."""
 
 from distcond.table.collective import Collective
+from distcond.table.copies import copy_rows
 from distcond.table.exchange import Route
 from distcond.table.node_table import NodeTable
 from distcond.table.plan import SubtreePlan
 from distcond.table.rows import RowStore
 
-__all__ = ["Collective", "NodeTable", "Route", "RowStore", "SubtreePlan"]
+__all__ = ["Collective", "NodeTable", "Route", "RowStore", "SubtreePlan", "copy_rows"]

@@ -22,7 +22,7 @@ class Collective:
         self.size: int = dist.get_world_size(group) if distributed else 1
         is_nccl = self.size > 1 and dist.get_backend(group) == "nccl"
         self._device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else None
-        "Where the group's small sums must be; None: anywhere."
+        "Where the group's tensors must be: rows and small sums may be on the host. None: anywhere."
         self.sent_bytes = 0
         self.elapsed_s = 0.0
 
@@ -37,13 +37,16 @@ class Collective:
     def broadcast_(self, tensor: Tensor) -> Tensor:
         """Rank 0's tensor, in place."""
         if self.size > 1:
-            self._library.broadcast(tensor, src=dist.get_global_rank(self._group, 0) if self._group else 0, group=self._group)
+            moved = self._moved(tensor)
+            self._library.broadcast(moved, src=dist.get_global_rank(self._group, 0) if self._group else 0, group=self._group)
+            if moved is not tensor:
+                tensor.copy_(moved)
         return tensor
 
     def _reduce(self, tensor: Tensor, op: Any) -> Tensor:
         if self.size > 1:
             start = time.perf_counter()
-            moved = tensor.to(self._device) if self._device is not None else tensor
+            moved = self._moved(tensor)
             self._library.all_reduce(moved, op=op, group=self._group)
             if moved is not tensor:
                 tensor.copy_(moved)
@@ -82,6 +85,10 @@ class Collective:
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:
         """A tensor of one shape from every rank."""
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        self._library.all_gather(parts, tensor, group=self._group)
-        return parts
+        moved = self._moved(tensor)
+        parts = [torch.empty_like(moved) for _ in range(self.size)]
+        self._library.all_gather(parts, moved, group=self._group)
+        return [part.to(tensor.device) for part in parts]
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return tensor if self._device is None else tensor.to(self._device)

@@ -4,6 +4,7 @@ Legend: G nodes, P out, Q in, r rank.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,13 +34,14 @@ class NodeTable:
         seed: int,
         bias: bool,
         num_trees: int = 1,
+        device: Any = None,
     ) -> None:
         self.in_features, self.out_features = in_features, out_features
         self.depth, self.full_depth, self.rank = depth, full_depth, rank
         self.seed, self.has_bias, self.num_trees = seed, bias, num_trees
         bias_width = out_features if bias else 0
-        self.full = RowStore(out_features * in_features + bias_width)
-        self.low = RowStore(rank * (in_features + out_features) + bias_width)
+        self.full = RowStore(out_features * in_features + bias_width, device)
+        self.low = RowStore(rank * (in_features + out_features) + bias_width, device)
 
     @property
     def num_full_ids(self) -> int:
@@ -90,11 +92,11 @@ class NodeTable:
         return store.find(nodes_G)
 
     def _by_kind(self, levels: Sequence[Tensor], look_up: Callable[[str, Tensor], Tensor]) -> list[Tensor]:
-        """What `look_up` says of the nodes, asked once for all levels of a kind."""
+        """What `look_up` says of the nodes, asked once for all levels of a kind, where the rows are."""
         rows: list[Tensor] = []
         for kind, part in (("full", levels[: self.full_depth + 1]), ("low", levels[self.full_depth + 1 :])):
             if part:
-                rows += look_up(kind, torch.cat(list(part))).split([len(nodes_G) for nodes_G in part])
+                rows += look_up(kind, torch.cat(list(part)).to(self.full.keys.device)).split([len(nodes_G) for nodes_G in part])
         return rows
 
     def _store(self, kind: str) -> RowStore:
