@@ -134,9 +134,9 @@ class Schedule:
     def of(cls, path: TreePath, full_depth: int, nodes: NodeTensors) -> "Schedule":
         """The fastest for these tokens, by figures of one core of 2 to 3 GHz; it depends on shapes alone, not on clocks.
 
-        Figures of the machine at hand would gain little: of all ways to compute 15 shapes (depth 4 to 20, 512 to 8,192 tokens,
-        width 64 to 512, forward and backward on one core) this one took 1.01 times as long as the best in the median, 1.26 at
-        worst, where it computes three low-rank levels node by node that had better been gathered.
+        Figures of the machine at hand would gain little. For 15 shapes (depth 4 to 20, 512 to 8,192 tokens, width 64 to 512,
+        forward and backward on one core), beside schedules with more or fewer merged or gathered levels, this one took 1.01
+        times as long as the best in the median, 1.26 at worst, where three low-rank levels had better been gathered.
         """
         tokens, depth = len(path.order_T), len(path.levels) - 1
         touched = [len(level.nodes_G) for level in path.levels]
