@@ -102,6 +102,9 @@ def _train(argv: list[str]) -> int:
         return _ask_hydra(args, flags)
     _configure_logging()
     config = _configuration(args)
+    from distcond.train.plan import check_fits
+
+    check_fits(config)
     if args.dry_run:
         return _dry_run(config)
     from distcond.cluster.trainer import launch

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from distcond.optim import RowAdam
+from distcond.optim.sharded import ShardedRows
 from distcond.table import Collective
 
 TIMEOUT_S = 20.0
@@ -79,3 +81,27 @@ def run_threads(work: Callable[[int], Any], groups: Sequence[ThreadGroup], size:
         raise failures[0]
     assert not any(thread.is_alive() for thread in threads)
     return results
+
+
+class Groups:
+    """World, expert-parallel and replica groups of `world` ranks."""
+
+    def __init__(self, world: int, expert: int) -> None:
+        self.size, self.expert_size = world, expert
+        self.world = ThreadGroup(world)
+        self.expert = [ThreadGroup(expert) for _ in range(world // expert)]
+        self.replica = [ThreadGroup(world // expert) for _ in range(expert)]
+
+    def run(self, work: Any) -> list[Any]:
+        return run_threads(work, [self.world, *self.expert, *self.replica], self.size)
+
+    def shard(self, rank: int, model: nn.Module, shard_level: int | None = None, **options: Any) -> ShardedRows:
+        block, place = divmod(rank, self.expert_size)
+        return ShardedRows(
+            model,
+            RowAdam(model, **options),
+            world=self.world.collective(rank),
+            expert=self.expert[block].collective(place),
+            replica=self.replica[place].collective(block),
+            shard_level=shard_level,
+        )

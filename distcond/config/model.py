@@ -24,6 +24,10 @@ class TreeConfig:
     "straight_through: gates learn as if a bit were t = tanh|g|. sampled: one full level a step. magnitude: levels times t. none."
     storage: Storage = Storage.lazy
     "lazy: nodes exist once data reached them, sharded over ranks. host: lazy, in host memory. dense: parameters, all exist."
+    min_visits: int = 1
+    "lazy: tokens that ask for a node before it exists, counted over steps; >= 1; above 1 a tree grows one level at a time."
+    max_nodes: int | None = None
+    "lazy: most nodes of a layer, over all ranks, roots included; there growth stops; >= num_trees; null: no limit."
 
     @property
     def deepest_full_level(self) -> int:
@@ -44,6 +48,16 @@ class TreeConfig:
         need(
             self.storage != Storage.dense or self.depth <= 20,
             f"model.tree.depth={self.depth} with storage=dense would hold 2**{self.depth + 1} - 1 matrices; use storage=lazy.",
+        )
+        need(self.min_visits >= 1, f"model.tree.min_visits={self.min_visits} is below 1; use 1 or more.")
+        most = self.max_nodes
+        need(
+            most is None or most >= self.num_trees,
+            f"model.tree.max_nodes={most} is below {self.num_trees}; the root of a tree always exists; null: no limit.",
+        )
+        need(
+            self.storage != Storage.dense or (self.min_visits == 1 and most is None),
+            f"model.tree.min_visits={self.min_visits}, max_nodes={most}: storage=dense holds every node; use storage=lazy.",
         )
 
 

@@ -13,7 +13,7 @@ class TreeCost:
     """A tree layer. A dense layer is a tree of depth 0."""
 
     node_parameters: int
-    "Parameters of all nodes if every one exists."
+    "Parameters of all nodes if every one exists, or as many as max_nodes allows."
     gate_parameters: int
     macs: int
     "MACs per row: the products along the path and the gates."
@@ -45,11 +45,13 @@ def tree_cost(in_features: int, out_features: int, tree: TreeConfig) -> TreeCost
     p, q, depth, trees = out_features, in_features, tree.depth, tree.num_trees
     full = tree.deepest_full_level
     low_rank = tree.rank * (p + trees * q)
-    num_full = 2 ** (full + 1) - 1
-    num_low = 2 ** (depth + 1) - 1 - num_full
+    num_ids = trees * (2 ** (depth + 1) - 1)
+    num_nodes = num_ids if tree.max_nodes is None else min(num_ids, tree.max_nodes)
+    num_full = min(trees * (2 ** (full + 1) - 1), num_nodes)
+    num_low = num_nodes - num_full
     gates = 0 if tree.gate == GateName.sign else trees * depth * q
     return TreeCost(
-        node_parameters=num_full * (p * q + p) + num_low * (low_rank + p),
+        node_parameters=(num_full * (p * q + p) + num_low * (low_rank + p)) // trees,
         gate_parameters=gates,
         macs=(full + 1) * p * q + (depth - full) * low_rank + gates,
     )

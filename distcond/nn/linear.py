@@ -18,6 +18,8 @@ class TreeOptions:
     gate_gradient: str = "straight_through"
     storage: str = "dense"
     num_trees: int = 1
+    min_visits: int = 1
+    max_nodes: int | None = None
 
 
 def make_linear(in_features: int, out_features: int, tree: TreeOptions) -> nn.Module:
@@ -34,4 +36,6 @@ def make_linear(in_features: int, out_features: int, tree: TreeOptions) -> nn.Mo
         gate_gradient=tree.gate_gradient,
         storage=tree.storage,
         num_trees=tree.num_trees,
+        min_visits=tree.min_visits,
+        max_nodes=tree.max_nodes,
     )

@@ -88,6 +88,8 @@ def tree_options(config: TreeConfig) -> TreeOptions:
         gate_gradient=config.gate_gradient.value,
         storage=config.storage.value,
         num_trees=config.num_trees,
+        min_visits=config.min_visits,
+        max_nodes=config.max_nodes,
     )
 
 

@@ -17,11 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from distcond.nn.gates import Gate, leaf_index
 from distcond.nn.tree_input import as_rows, count_nonfinite
 from distcond.nn.tree_nodes import dense_node
-from distcond.nn.tree_options import check_options
+from distcond.nn.tree_options import check_growth, check_options
 from distcond.nn.tree_product import TreeProduct, anchor
 from distcond.nn.tree_state import load_rows, move_rows, row_names, save_rows
 from distcond.ops import NodeTensors, TreePath, first_node
-from distcond.table import Collective, NodeTable, RowStore, SubtreePlan
+from distcond.table import Collective, Growth, NodeTable, SubtreePlan, Visits
 
 
 class TreeLinear(nn.Module):
@@ -41,6 +41,8 @@ class TreeLinear(nn.Module):
         rows and what the optimiser keeps of them stay in host memory wherever the layer is; touched rows travel to it.
     num_trees: the outputs are split into this many groups, each with a tree and bits of its own; divides out_features.
     bias: whether nodes carry a bias, summed along the path like the weights.
+    min_visits, max_nodes: lazy: tokens that a node is asked for before it exists (1: whole paths come at once; more: one level
+        at a time), and the most nodes, over all ranks, the root included (None: no limit). Missing nodes are zeros.
 
     Nodes below the root start at zero, so a new layer computes its root's linear function.
     Raises ValueError for options outside these ranges.
@@ -64,10 +66,13 @@ class TreeLinear(nn.Module):
         storage: str = "dense",
         num_trees: int = 1,
         bias: bool = True,
+        min_visits: int = 1,
+        max_nodes: int | None = None,
     ) -> None:
         super().__init__()
         full_depth = depth if full_depth is None else full_depth
         check_options(in_features, out_features, depth, full_depth, rank, gate_gradient, storage, num_trees)
+        check_growth(storage, min_visits, max_nodes, num_trees)
         self.in_features, self.out_features, self.depth, self.num_trees = in_features, out_features, depth, num_trees
         self.full_depth, self.rank = full_depth, rank or 1
         self.gate_gradient, self.storage, self.has_bias = gate_gradient, storage, bias
@@ -82,12 +87,20 @@ class TreeLinear(nn.Module):
         self.records_touched = False
         self._backward_seen = False
         self._touched: list[Tensor] = []
-        self._leaf_loads: list[tuple[Tensor, Tensor]] = []
+        self._leaf_loads: list[Visits] = []
         self._nonfinite = torch.zeros((), dtype=torch.int64)
-        shape = (in_features, out_features // num_trees, depth, full_depth, self.rank)
-        self.rows_stay = storage == "host"
-        device = "cpu" if self.rows_stay else None
-        self.layout = NodeTable(*shape, seed=int(self.seed), bias=bias, num_trees=num_trees, device=device)
+        self.layout = NodeTable(
+            in_features,
+            out_features // num_trees,
+            depth,
+            full_depth,
+            self.rank,
+            seed=int(self.seed),
+            bias=bias,
+            num_trees=num_trees,
+            growth=Growth(min_visits, max_nodes),
+            rows_stay=storage == "host",
+        )
         self.table = None if storage == "dense" else self.layout
         if self.table is None:
             self._make_parameters()
@@ -149,19 +162,25 @@ class TreeLinear(nn.Module):
     @property
     def num_materialized(self) -> int:
         """Nodes that exist (lazy: on this rank)."""
-        return self.layout.num_ids if self.table is None else sum(store.size for _, store in self.table.stores())
+        return self.layout.num_ids if self.table is None else self.table.num_nodes
 
     def shard(self, plan: SubtreePlan, collective: Collective) -> None:
         """Keep only this rank's nodes of a lazy table and exchange tokens with the other ranks from now on."""
         assert self.table is not None, "only lazy tables are sharded"
         self.plan, self.collective = plan, collective
-        for _, store in self.table.stores():
-            self._keep_own(store)
+        self.keep_own(collective.rank)
 
-    def _keep_own(self, store: RowStore) -> None:
-        if self.collective is not None:
-            owner = self.plan.node_owner(store.keys)
-            store.keep((owner < 0) | (owner == self.collective.rank))
+    def keep_own(self, rank: int) -> None:
+        """Keep what belongs to a rank, of the rows of a lazy table and of the visits that are counted."""
+        assert self.table is not None
+        for _, store in self.table.stores():
+            store.keep(self._is_held(store.keys, rank))
+        growth = self.table.growth
+        growth.visits = growth.visits.where(self._is_held(growth.visits.keys_G, rank))
+
+    def _is_held(self, keys_G: Tensor, rank: int) -> Tensor:
+        owner_G = self.plan.node_owner(keys_G)
+        return (owner_G < 0) | (owner_G == rank)
 
     def commit_statistics(self) -> None:
         """Fold the staged gate statistics into the running mean; once per applied step."""
@@ -173,16 +192,13 @@ class TreeLinear(nn.Module):
         touched, self._touched = self._touched, []
         return torch.unique(torch.cat(touched)) if touched else self.seed.new_empty(0)
 
-    def take_leaf_loads(self) -> tuple[Tensor, Tensor]:
+    def take_leaf_loads(self) -> Visits:
         """Leaves this rank served in training since the last call, and their tokens, int64 [G] each.
 
         Leaves are tree << depth | leaf, ascending.
         """
         loads, self._leaf_loads = self._leaf_loads, []
-        if not loads:
-            return self.seed.new_empty(0), self.seed.new_empty(0)
-        leaf_G, index = torch.unique(torch.cat([leaf for leaf, _ in loads]), return_inverse=True)
-        return leaf_G, torch.zeros_like(leaf_G).index_add_(0, index, torch.cat([count for _, count in loads]))
+        return Visits.join(loads) if loads else Visits.none(self.seed.device)
 
     def take_nonfinite(self) -> int:
         """Rows with a gate that was NaN or infinite, in passes of any kind since the last call: no leaf is theirs."""
@@ -222,6 +238,7 @@ class TreeLinear(nn.Module):
             flat_MW = weight_MPQ.flatten(1) if bias_MP is None else torch.cat([weight_MPQ.flatten(1), bias_MP], dim=1)
             store = self.table.full
             store.replace(self._trees().to(store.keys.device), flat_MW.to(store.data))
+            self.table.growth.num_nodes = self.num_trees
             return
         self.weight[: self.num_trees] = weight_MPQ
         if bias_MP is not None:
@@ -285,25 +302,22 @@ class TreeLinear(nn.Module):
             full = [full[(int(self.seed) + int(self.gate.num_commits)) % len(full)]]
         return [*full, *range(self.full_depth + 1, self.depth + 1)]
 
-    def note_backward(self, path: TreePath, statistics: Tensor | None) -> None:
+    def note_backward(self, path: TreePath, loads: Visits, statistics: Tensor | None) -> None:
         """Record what a backward pass reached: once for each forward, however often that is computed again."""
         self._backward_seen = True
         if self.gate is not None and statistics is not None:
             self.gate.stage(statistics)
         if self.records_touched:
             self._touched.append(torch.cat([level.nodes_G for level in path.levels]))
-        if not self.records_loads:
-            return
-        last = path.levels[-1]
-        counts = last.count_G
-        self._leaf_loads.append((last.nodes_G - first_node(self.depth, self.num_trees), counts))
+        if self.records_loads:
+            self._leaf_loads.append(loads)
 
     # ---- the rows travel with the module -----------------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Tables, and where gradients of rows are made, follow to another device, and to fp64; never below fp32."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        move_rows(self.layout, fn, stay=self.rows_stay)
+        move_rows(self.layout, fn)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -320,8 +334,8 @@ class TreeLinear(nn.Module):
         load_rows(self.table, state_dict, prefix, errors)
         if self.table is not None:
             self.table.seed = int(self.seed)
-            for _, store in self.table.stores():
-                self._keep_own(store)
+            if self.collective is not None:
+                self.keep_own(self.collective.rank)
 
 
 def _is_recomputing() -> bool:

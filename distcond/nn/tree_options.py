@@ -36,3 +36,13 @@ def check_options(
         raise ValueError(f"storage={storage!r} is unknown; use one of {STORAGES}")
     if storage == "dense" and depth > 20:
         raise ValueError(f"depth={depth} with storage='dense' would hold 2**{depth + 1} - 1 nodes; use storage='lazy'")
+
+
+def check_growth(storage: str, min_visits: int, max_nodes: int | None, num_trees: int) -> None:
+    """Raise ValueError with a line that says what was given and what is needed, unless a layer can grow by these."""
+    if min_visits < 1:
+        raise ValueError(f"min_visits={min_visits} is below 1; use 1 or more")
+    if max_nodes is not None and max_nodes < num_trees:
+        raise ValueError(f"max_nodes={max_nodes} is below {num_trees}; the root of a tree always exists")
+    if storage == "dense" and (min_visits > 1 or max_nodes is not None):
+        raise ValueError(f"min_visits={min_visits}, max_nodes={max_nodes}: dense storage holds every node; use storage='lazy'")

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from distcond.nn.tree_walk import Walk, rows_to_read
 from distcond.ops import (
     NodeTensors,
     Schedule,
@@ -19,9 +20,8 @@ from distcond.ops import (
     scaled_forward,
     tree_backward,
     tree_forward,
-    tree_path,
 )
-from distcond.table import Collective, NodeTable, Route, SubtreePlan, copy_rows
+from distcond.table import Collective, NodeTable, Route, SubtreePlan, Visits, copy_rows
 
 
 class TreeNodes(Protocol):
@@ -38,8 +38,6 @@ class TreeNodes(Protocol):
     collective: Collective | None
     layout: NodeTable
     table: NodeTable | None
-    rows_stay: bool
-    "Whether the table's rows may be on another device than the tokens."
 
     def node_tensors(self, parameters: tuple[Tensor, ...]) -> NodeTensors:
         """The stored nodes as matrices, from the table or from the given parameters."""
@@ -47,8 +45,8 @@ class TreeNodes(Protocol):
     def gate_levels(self) -> Collection[int]:
         """Levels whose gates learn from this pass."""
 
-    def note_backward(self, path: TreePath, statistics: Tensor | None) -> None:
-        """Record what a backward pass reached."""
+    def note_backward(self, path: TreePath, loads: Visits, statistics: Tensor | None) -> None:
+        """Record what a backward pass reached; loads: leaves and their tokens."""
 
 
 class TreeProduct(torch.autograd.Function):
@@ -70,19 +68,21 @@ class TreeProduct(torch.autograd.Function):
         if layer.plan.is_sharded and layer.collective is not None:
             route = Route.to(layer.plan.owner(leaf_V), layer.collective)
             local_TQ, scale_VK, leaf_V = _dispatch(route, layer.num_trees, local_TQ, scale_VK, leaf_V)
-        path = tree_path(leaf_V, layer.depth, layer.num_trees)
-        rows = _rows(layer, path)
-        places, nodes = _nodes(layer, rows, parameters, x_TQ.device)
-        schedule = Schedule.of(path, layer.full_depth, nodes)
+        walk = Walk.of(leaf_V, layer.layout, dense=layer.table is None)
+        rows, nodes = walk.rows, layer.node_tensors(parameters)
+        if layer.layout.rows_stay:
+            rows, nodes = copy_rows(layer.layout, rows, x_TQ.device)
+        schedule = Schedule.of(walk.path, min(layer.full_depth, walk.depth), nodes)
         factor_TQ = local_TQ.to(factor_dtype(x_TQ.dtype, nodes))
         if layer.scales_levels:
-            y_VP = scaled_forward(factor_TQ, scale_VK.to(nodes.weight_SPQ.dtype), path, places, nodes, schedule)
+            scale_VL = scale_VK[:, : walk.depth].to(nodes.weight_SPQ.dtype)
+            y_VP = scaled_forward(factor_TQ, scale_VL, walk.path, rows, nodes, schedule)
         else:
-            y_VP = tree_forward(factor_TQ, path, places, nodes, schedule)
+            y_VP = tree_forward(factor_TQ, walk.path, rows, nodes, schedule)
         ctx.save_for_backward(local_TQ, scale_VK, *parameters)
-        ctx.layer, ctx.path, ctx.rows, ctx.schedule, ctx.route = layer, path, rows, schedule, route
+        ctx.layer, ctx.walk, ctx.schedule, ctx.route = layer, walk, schedule, route
         ctx.dtype, ctx.soft_dtype = x_TQ.dtype, soft_VK.dtype
-        ctx.statistics, ctx.gate_levels = statistics, layer.gate_levels()
+        ctx.statistics, ctx.gate_levels = statistics, [level for level in layer.gate_levels() if level <= walk.depth]
         y_VP = y_VP.to(x_TQ.dtype)
         return y_VP if route is None else route.combine(y_VP)
 
@@ -90,28 +90,33 @@ class TreeProduct(torch.autograd.Function):
     def backward(ctx: Any, grad_VP: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients to rows, soft bits and parameters; those of a table are collected by the table."""
         layer: TreeNodes = ctx.layer
-        path: TreePath = ctx.path
+        walk: Walk = ctx.walk
         local_TQ, scale_VK, *parameters = ctx.saved_tensors
         grad_VP = grad_VP.contiguous() if ctx.route is None else ctx.route.dispatch(grad_VP)
-        levels, rows = [level.nodes_G for level in path.levels], ctx.rows
-        if layer.table is not None and bool((torch.cat(rows) < 0).any()):
-            rows = layer.table.ensure(levels)
-        places, nodes = _nodes(layer, rows, tuple(parameters), grad_VP.device)
+        rows = places = walk.rows
+        nodes = layer.node_tensors(tuple(parameters))
+        if layer.table is not None:
+            rows = walk.rows_for_backward(layer.table)
+            places, nodes = rows_to_read(layer.table, rows, grad_VP.device)
         wanted = nodes.weight_SPQ
-        kept = layer.layout.new_gradient(levels)
+        kept = layer.layout.new_gradient(walk.levels())
         made = [_room_like(part, wanted) for part in kept]
         out = layer.layout.as_matrices(*made)
         with torch.autocast(grad_VP.device.type, enabled=False):
             local_TQ, grad_VP = (part.to(factor_dtype(ctx.dtype, nodes)) for part in (local_TQ, grad_VP))
+            tree = (walk.path, places, nodes, ctx.schedule)
             if layer.scales_levels:
-                scaled = (local_TQ, scale_VK.to(wanted.dtype), grad_VP)
-                grad_x, grad_soft = scaled_backward(*scaled, path, places, nodes, ctx.schedule, out)
+                scale_VL = scale_VK[:, : walk.depth].to(wanted.dtype)
+                grad_x, grad_soft = scaled_backward(local_TQ, scale_VL, grad_VP, *tree, out)
             else:
-                grad_x, grad_soft = tree_backward(local_TQ, grad_VP, path, places, nodes, ctx.schedule, ctx.gate_levels, out)
-        layer.note_backward(path, ctx.statistics)
+                grad_x, grad_soft = tree_backward(local_TQ, grad_VP, *tree, ctx.gate_levels, out)
+        grad_soft = torch.nn.functional.pad(grad_soft, (0, layer.depth - walk.depth))
+        layer.note_backward(walk.path, walk.loads, ctx.statistics)
         grads: tuple[Tensor | None, ...] = (None,)
         if layer.table is not None:
-            if layer.rows_stay:
+            layer.table.stage_new(walk.path, rows)
+            layer.table.growth.stage(walk.asked)
+            if layer.table.rows_stay:
                 made = [own.copy_(part) for own, part in zip(kept, made, strict=True)]
             layer.table.add_gradient(rows, *made)
         else:
@@ -137,24 +142,6 @@ def _dispatch(route: Route, num_trees: int, x_TQ: Tensor, scale_VK: Tensor, leaf
     sent_VQ, leaf_V = route.dispatch_with_leaf(sent_VQ, leaf_V)
     local_VQ, scale_VK = sent_VQ.split([x_TQ.shape[1], scale_VK.shape[1]], dim=1)
     return local_VQ, scale_VK, leaf_V
-
-
-def _rows(layer: TreeNodes, path: TreePath) -> list[Tensor]:
-    """Stored row of each node on the path, per level; -1 where it does not exist."""
-    levels = [level.nodes_G for level in path.levels]
-    if layer.table is None:
-        first_low = layer.layout.num_full_ids
-        return [nodes_G - (first_low if number > layer.full_depth else 0) for number, nodes_G in enumerate(levels)]
-    return layer.table.find(levels)
-
-
-def _nodes(
-    layer: TreeNodes, rows: list[Tensor], parameters: tuple[Tensor, ...], device: torch.device
-) -> tuple[list[Tensor], NodeTensors]:
-    """The nodes' matrices where the tokens are, and the row of each node on the path among these."""
-    if layer.table is not None and layer.rows_stay:
-        return copy_rows(layer.table, rows, device)
-    return rows, layer.node_tensors(parameters)
 
 
 def _room_like(rows_GW: Tensor, wanted: Tensor) -> Tensor:

@@ -6,19 +6,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distcond.table import NodeTable, RowStore
+from distcond.table import NodeTable, RowStore, Visits
+
+COUNTED = ("visits.keys", "visits.count", "num_nodes")
+"Entries of a table whose growth is limited."
 
 
-def move_rows(table: NodeTable, fn: Callable[[Tensor], Tensor], *, stay: bool) -> None:
+def move_rows(table: NodeTable, fn: Callable[[Tensor], Tensor]) -> None:
     """Move the rows as `fn` moves a tensor, to another device (unless they stay) and to fp64; never below fp32."""
     for _, store in _stores(table):
         probe = fn(store.data[:0])
-        store.move(store.data.device if stay else probe.device, torch.promote_types(probe.dtype, torch.float32))
+        store.move(store.data.device if table.rows_stay else probe.device, torch.promote_types(probe.dtype, torch.float32))
+    table.growth.to(table.full.keys.device)
 
 
 def row_names(table: NodeTable | None, prefix: str) -> set[str]:
-    """Names of the entries that hold rows in a state dict."""
-    return {f"{prefix}table.{kind}.{part}" for kind, _ in _stores(table) for part in ("keys", "rows")}
+    """Names of the entries that hold rows in a state dict, and what is counted for a table whose growth is limited."""
+    names = {f"{prefix}table.{kind}.{part}" for kind, _ in _stores(table) for part in ("keys", "rows")}
+    return names | ({f"{prefix}table.{part}" for part in COUNTED} if table is not None and table.growth.is_limited else set())
 
 
 def save_rows(table: NodeTable | None, destination: dict[str, Any], prefix: str) -> None:
@@ -26,6 +31,10 @@ def save_rows(table: NodeTable | None, destination: dict[str, Any], prefix: str)
     for kind, store in _stores(table):
         destination[f"{prefix}table.{kind}.keys"] = store.keys
         destination[f"{prefix}table.{kind}.rows"] = store.data
+    if table is not None and table.growth.is_limited:
+        growth = table.growth
+        counted = (*growth.visits, growth.visits.keys_G.new_tensor(growth.num_nodes))
+        destination |= {f"{prefix}table.{part}": value for part, value in zip(COUNTED, counted, strict=True)}
 
 
 def load_rows(table: NodeTable | None, state_dict: Mapping[str, Any], prefix: str, errors: list[str]) -> None:
@@ -36,6 +45,14 @@ def load_rows(table: NodeTable | None, state_dict: Mapping[str, Any], prefix: st
             first = 0 if kind == "full" else table.num_full_ids
             end = table.num_full_ids if kind == "full" else table.num_ids
             _load(store, keys, rows, range(first, end), f"{prefix}table.{kind}.rows", errors)
+            _load_counted(table, *(state_dict.get(f"{prefix}table.{part}") for part in COUNTED))
+
+
+def _load_counted(table: NodeTable, keys: Tensor | None, count: Tensor | None, number: Tensor | None) -> None:
+    """Take over what was counted; where nothing was, the rows are the whole of the table."""
+    table.growth.num_nodes = table.num_nodes if number is None else int(number)
+    table.growth.visits = Visits.none() if keys is None or count is None else Visits(keys.clone(), count.clone())
+    table.growth.to(table.full.keys.device)
 
 
 def _stores(table: NodeTable | None) -> Iterator[tuple[str, RowStore]]:

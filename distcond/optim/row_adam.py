@@ -13,7 +13,7 @@ from torch.optim.adam import adam
 
 from distcond.nn.tree import TreeLinear
 from distcond.ops import calls_are_cheap, native
-from distcond.table import RowStore
+from distcond.table import Collective, NodeTable, RowStore, admit
 
 WIDE_ROW = 2**13
 "Numbers in a row from which on it is updated by itself: about 1 us of traffic, less than a call costs, lies below."
@@ -58,19 +58,33 @@ class RowAdam:
         for layer in self.layers:
             layer.commits_by_itself = False
             layer.records_touched = layer.table is None
+        for table in self.tables():
+            table.adopt()
         for store in self.stores():
             store.clear_state()
 
+    def tables(self) -> list[NodeTable]:
+        """The tables of lazy layers, in the order of the modules."""
+        return [layer.table for layer in self.layers if layer.table is not None]
+
     def stores(self) -> Iterator[RowStore]:
         """The row stores of lazy layers, in the order of the modules."""
-        for layer in self.layers:
-            if layer.table is not None:
-                yield from (store for _, store in layer.table.stores())
+        for table in self.tables():
+            yield from (store for _, store in table.stores())
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of every touched row from its gradient."""
-        self.step_rows([(store, *store.take_gradient()) for store in self.stores()])
+        """One update of every touched row from its gradient; nodes that the data asked for come to exist."""
+        alone = Collective.alone()
+        lazy = [(layer.table, layer.plan) for layer in self.layers if layer.table is not None]
+        gradients = [[(store, *store.take_gradient()) for _, store in table.stores()] for table, _ in lazy]
+        admissions = admit([(table.growth, plan) for table, plan in lazy], alone, alone, alone)
+        updates: list[tuple[RowStore, Tensor, Tensor]] = []
+        for (table, _), parts, admission in zip(lazy, gradients, admissions, strict=True):
+            by_key = [] if admission is None else [(store, store.keys[rows_G], grad_GW) for store, rows_G, grad_GW in parts]
+            table.settle(admission)
+            updates += parts if admission is None else [_existing_rows(*part) for part in by_key]
+        self.step_rows(updates)
         for layer in self.layers:
             if layer.table is None:
                 self._step_dense(layer)
@@ -85,9 +99,11 @@ class RowAdam:
             self._update(store.data, store.state, rows_G, grad_GW)
 
     def zero_grad(self) -> None:
-        """Forget collected gradients (dense layers: of their node parameters)."""
+        """Forget collected gradients (dense layers: of their node parameters), and nodes that were made for them."""
         for store in self.stores():
             store.take_gradient()
+        for table in self.tables():
+            table.forget_new()
         for layer in self.layers:
             layer.take_touched()
             for parameter in _node_parameters(layer):
@@ -186,6 +202,13 @@ class RowAdam:
             if missed_G is not None:
                 data_B *= missed_G[part].to(grad_G.dtype).view(per_row)
             data_S.index_copy_(0, rows_B, data_B.addcdiv_(avg_B, square_B, value=-self.lr))
+
+
+def _existing_rows(store: RowStore, keys_G: Tensor, grad_GW: Tensor) -> tuple[RowStore, Tensor, Tensor]:
+    """A gradient by key as one by row, without that of rows which did not come to exist."""
+    rows_G = store.find(keys_G)
+    mask_G = rows_G >= 0
+    return (store, rows_G, grad_GW) if bool(mask_G.all()) else (store, rows_G[mask_G], grad_GW[mask_G])
 
 
 def _node_parameters(layer: TreeLinear) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ Rows of replicated nodes (above the plan's shard level) are summed over all rank
 that hold the same part of the tables. Every rank calls every collective equally often, whatever it was routed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distcond.nn.gates import Gate
 from distcond.nn.tree import TreeLinear
 from distcond.optim.row_adam import RowAdam
-from distcond.table import Collective, NodeTable, RowStore, SubtreePlan
+from distcond.table import Admission, Collective, NodeTable, RowStore, SubtreePlan, admit
 
 
 @dataclass(slots=True)
@@ -25,9 +25,16 @@ class _Part:
     keys_G: Tensor
     grad_GW: Tensor
 
-    def rows(self) -> Tensor:
-        """Where the rows are; those that are new on this rank are born."""
-        return self.table.ensure_rows(self.kind, self.keys_G)
+    def update(self) -> tuple[RowStore, Tensor, Tensor]:
+        """Where the rows are, and their gradient; those that are new on this rank are born."""
+        rows_G = self.table.ensure_rows(self.kind, self.keys_G)
+        self.store.settle()
+        return self.store, rows_G, self.grad_GW
+
+    def keep(self, mask_G: Tensor) -> None:
+        """Keep a part of it."""
+        if not bool(mask_G.all()):  # else nothing is copied
+            self.keys_G, self.grad_GW = self.keys_G[mask_G], self.grad_GW[mask_G]
 
 
 class ShardedRows:
@@ -49,11 +56,14 @@ class ShardedRows:
         self.optimizer = optimizer
         self.world, self.expert, self.replica = world, expert, replica
         self.layers = [layer for layer in optimizer.layers if layer.table is not None]
-        self._updates: list[tuple[RowStore, Tensor, Tensor]] = []
+        self._updates: list[_Part] = []
+        self._admissions: list[Admission | None] = []
         self._statistics: list[Tensor] = []
         for layer in optimizer.layers:
             layer.records_touched = False  # nodes that are parameters have the dense part's optimiser
             self._take_from_first_rank(layer)
+        for table in optimizer.tables():
+            table.adopt()
         for layer in self.layers:
             layer.shard(SubtreePlan.make(layer.depth, expert.size, shard_level, layer.num_trees), expert)
 
@@ -81,24 +91,29 @@ class ShardedRows:
     def reduce_gradients(self) -> Tensor:
         """Turn what backward collected into mean gradients over ranks; returns their squared norm, float32 scalar.
 
-        Four collectives (three more for replicas), however many layers there are; they also pool the gates' statistics.
+        Four collectives (three more for replicas), however many layers there are; they also pool the gates' statistics. A
+        few more where growth is limited, until the tables are full.
         """
+        tables = [(table, layer.plan) for layer in self.layers for table in (layer.table,) if table is not None]
+        collected = [(kind, store, *store.take_gradient()) for table, _ in tables for kind, store in table.stores()]
+        self._admissions = admit([(table.growth, plan) for table, plan in tables], self.world, self.expert, self.replica)
         shared: list[_Part] = []
         own: list[_Part] = []
-        for layer in self.layers:
-            assert layer.table is not None
-            for kind, store in layer.table.stores():
-                rows_G, grad_GW = store.take_gradient()
-                keys_G = store.keys[rows_G]
-                is_shared_G = layer.plan.node_owner(keys_G) < 0
+        for (table, plan), admission in zip(tables, self._admissions, strict=True):
+            for kind, store in table.stores():
+                _, _, rows_G, grad_GW = collected.pop(0)
+                whole = _Part(table, kind, store, store.keys[rows_G], grad_GW)
+                if admission is not None:
+                    whole.keep((rows_G < store.num_settled) | torch.isin(whole.keys_G, admission.keys_G))
+                is_shared_G = plan.node_owner(whole.keys_G) < 0
                 for parts, mask_G in ((shared, is_shared_G), (own, ~is_shared_G)):
-                    is_all = bool(mask_G.all())  # and nothing is copied
-                    parts.append(_Part(layer.table, kind, store, *(x if is_all else x[mask_G] for x in (keys_G, grad_GW))))
+                    parts.append(replace(whole))
+                    parts[-1].keep(mask_G)
         self._sum_over(self.world, shared)
         self._sum_over(self.replica, own)
-        for part in (*shared, *own):
+        self._updates = [*shared, *own]
+        for part in self._updates:
             part.grad_GW /= self.world.size
-        self._updates = [(part.store, part.rows(), part.grad_GW) for part in (*shared, *own)]
         # Every replica counts its own rows, so that one sum over the world serves the norm and the statistics.
         sums = [_square(own) / self.replica.size, *(gate.take_statistics().cpu() for gate in self._gates())]
         norm, *self._statistics = self.world.sum_(torch.cat(sums)).split([len(part) for part in sums])
@@ -124,16 +139,22 @@ class ShardedRows:
 
     @torch.no_grad()
     def step(self, lr: float, scale: float) -> None:
-        """Apply the reduced gradient times `scale`, and commit the gates' statistics, pooled over all ranks."""
+        """Apply the reduced gradient times `scale`; commit new nodes, and the gates' statistics, pooled over all ranks."""
         self.optimizer.lr = lr
-        self.optimizer.step_rows([(store, rows_G, grad_GW.mul_(scale)) for store, rows_G, grad_GW in self._updates])
+        for table, admission in zip(self.optimizer.tables(), self._admissions, strict=True):
+            table.settle(admission)
+        for part in self._updates:
+            part.grad_GW.mul_(scale)
+        self.optimizer.step_rows([part.update() for part in self._updates])
         for gate, statistics in zip(self._gates(), self._statistics, strict=True):
             gate.commit(statistics)
-        self.discard()
+        self._updates, self._statistics = [], []
 
     def discard(self) -> None:
-        """Forget the reduced gradient and the pooled statistics, of a step that is not applied."""
+        """Forget the reduced gradient, new nodes and the pooled statistics, of a step that is not applied."""
         self._updates, self._statistics = [], []
+        for table in self.optimizer.tables():
+            table.forget_new()
 
 
 def _square(parts: list[_Part]) -> Tensor:

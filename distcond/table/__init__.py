@@ -3,8 +3,21 @@
 from distcond.table.collective import Collective
 from distcond.table.copies import copy_rows
 from distcond.table.exchange import Route
-from distcond.table.node_table import NodeTable
+from distcond.table.growth import Admission, Growth, Visits, admit
+from distcond.table.node_table import NodeTable, path_node
 from distcond.table.plan import SubtreePlan
 from distcond.table.rows import RowStore
 
-__all__ = ["Collective", "NodeTable", "Route", "RowStore", "SubtreePlan", "copy_rows"]
+__all__ = [
+    "Admission",
+    "Collective",
+    "Growth",
+    "NodeTable",
+    "Route",
+    "RowStore",
+    "SubtreePlan",
+    "Visits",
+    "admit",
+    "copy_rows",
+    "path_node",
+]

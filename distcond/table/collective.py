@@ -26,6 +26,13 @@ class Collective:
         self.sent_bytes = 0
         self.elapsed_s = 0.0
 
+    @classmethod
+    def alone(cls) -> "Collective":
+        """A group of this process alone, whatever groups there are."""
+        collective = cls()
+        collective.rank, collective.size = 0, 1
+        return collective
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
         return self._reduce(tensor, dist.ReduceOp.SUM)

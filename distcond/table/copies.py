@@ -10,7 +10,7 @@ from distcond.table.node_table import NodeTable
 
 
 def copy_rows(table: NodeTable, rows: Sequence[Tensor], device: torch.device) -> tuple[list[Tensor], NodeTensors]:
-    """Where each touched node is among the copies, per level, -1 where it does not exist; and the copies.
+    """Where each touched node is among the copies, per level; and the copies, zeros for nodes that do not exist.
 
     rows: per level, as `NodeTable.find` gives them. Costs one transfer for each kind of node.
     """
@@ -21,8 +21,8 @@ def copy_rows(table: NodeTable, rows: Sequence[Tensor], device: torch.device) ->
         copied = store.data[:0]
         if levels:
             rows_G = torch.cat(list(levels))
-            copied = store.data.index_select(0, rows_G.clamp(min=0)) if store.size else copied
-            place_G = torch.where(rows_G < 0, -1, torch.arange(len(rows_G), device=rows_G.device)).to(device)
+            copied = store.data_with_zeros.index_select(0, torch.where(rows_G < 0, store.size, rows_G))
+            place_G = torch.arange(len(rows_G), device=device)
             places += place_G.split([len(level_G) for level_G in levels])
         copies.append(copied.to(device))
     return places, table.as_matrices(*copies)

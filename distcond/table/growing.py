@@ -38,15 +38,38 @@ class Growing:
         return growing
 
     def resize(self, size: int) -> None:
-        """Grow to this many rows. `tensor` is another object afterwards, over the same rows."""
+        """Grow or shrink to this many rows. `tensor` is another object afterwards, over the same rows."""
         row_numbers = prod(self._shape)
-        if size > self._capacity and row_numbers:
+        if size < len(self.tensor):
+            self._erase(size)
+        if size >= self._capacity and row_numbers:
             self._move(size, row_numbers)
-        if self._map is None:
-            self.tensor = self._buffer[:size] if row_numbers else self.tensor.new_zeros(size, *self._shape)
-        else:  # NOTE: not a view of all that is reserved, which torch.save would write
-            flat = torch.frombuffer(self._map, dtype=self.tensor.dtype, count=size * row_numbers)
-            self.tensor = flat.view(size, *self._shape)
+        self.tensor = self._rows(size)
+
+    def with_zeros(self) -> Tensor:
+        """The rows and one more of zeros, [size + 1, *shape], which is not to be written to."""
+        if not self._capacity:
+            self.resize(len(self.tensor))
+        return self._rows(len(self.tensor) + 1)
+
+    def _erase(self, size: int) -> None:
+        """Make zeros of the rows from `size` on, which may come again as new ones, and give their memory back."""
+        end = len(self.tensor)
+        if self._map is not None:
+            row_bytes = self.tensor[0].numel() * self.tensor.element_size()
+            first_page = -(-size * row_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+            if first_page < end * row_bytes:
+                self._map.madvise(mmap.MADV_DONTNEED, first_page, end * row_bytes - first_page)
+            end = min(end, -(-first_page // row_bytes))
+        self.tensor[size:end] = 0
+
+    def _rows(self, size: int) -> Tensor:
+        row_numbers = prod(self._shape)
+        if self._map is None or not size:
+            return self._buffer[:size] if row_numbers else self.tensor.new_zeros(size, *self._shape)
+        # NOTE: not a view of all that is reserved, which torch.save would write
+        flat = torch.frombuffer(self._map, dtype=self.tensor.dtype, count=size * row_numbers)
+        return flat.view(size, *self._shape)
 
     def _move(self, size: int, row_numbers: int) -> None:
         old, row_bytes = self.tensor, row_numbers * self.tensor.element_size()

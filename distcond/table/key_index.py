@@ -21,6 +21,11 @@ class KeyIndex:
         keys_G, order = torch.sort(keys_G)
         self._runs.append((keys_G, places_G[order]))
 
+    def drop(self, first: int) -> None:
+        """Forget the keys of all places from this one on."""
+        kept = [(keys_N, places_N, places_N < first) for keys_N, places_N in self._runs]
+        self._runs = [(keys_N[mask_N], places_N[mask_N]) for keys_N, places_N, mask_N in kept]
+
     def find(self, keys_G: Tensor) -> Tensor:
         """Place of each key, int64, -1 where there is none."""
         found_G = torch.full_like(keys_G, -1)

@@ -4,14 +4,19 @@ Legend: G nodes, P out, Q in, r rank.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from distcond.ops import NodeTensors, first_node
+from distcond.ops import NodeTensors, TreePath, first_node
+from distcond.table.growth import Admission, Growth, Visits
 from distcond.table.random_rows import uniform_rows
 from distcond.table.rows import RowStore
+
+
+def path_node(leaf_G: Tensor, level_G: Tensor, depth: int, num_trees: int) -> Tensor:
+    """Id of the node of a level on the path to each leaf, tree << depth | leaf, of trees of this depth, int64."""
+    return num_trees * ((torch.ones_like(leaf_G) << level_G) - 1) + (leaf_G >> (depth - level_G))
 
 
 class NodeTable:
@@ -20,7 +25,8 @@ class NodeTable:
     Full nodes and left factors are born as zeros; right factors as uniform numbers of variance 1 / in_features, a pure
     function of (seed, node id). Rows are float32.
 
-    out_features: of one tree. num_trees: how many share the table; ids are those of `first_node`.
+    out_features: of one tree. num_trees: how many share the table; ids are those of `first_node`. growth: what limits the
+    number of nodes; by default nothing does. rows_stay: on the host, wherever the layer goes.
     """
 
     def __init__(
@@ -34,11 +40,14 @@ class NodeTable:
         seed: int,
         bias: bool,
         num_trees: int = 1,
-        device: Any = None,
+        growth: Growth | None = None,
+        rows_stay: bool = False,
     ) -> None:
         self.in_features, self.out_features = in_features, out_features
         self.depth, self.full_depth, self.rank = depth, full_depth, rank
         self.seed, self.has_bias, self.num_trees = seed, bias, num_trees
+        self.growth, self.rows_stay = growth or Growth(), rows_stay
+        device = torch.device("cpu") if rows_stay else None
         bias_width = out_features if bias else 0
         self.full = RowStore(out_features * in_features + bias_width, device)
         self.low = RowStore(rank * (in_features + out_features) + bias_width, device)
@@ -59,9 +68,23 @@ class NodeTable:
         if self.full_depth < self.depth:
             yield "low", self.low
 
+    @property
+    def num_nodes(self) -> int:
+        """Nodes that this rank holds."""
+        return sum(store.size for _, store in self.stores())
+
+    @property
+    def num_removals(self) -> int:
+        """Times that rows were removed: indices from before may be of other nodes now."""
+        return self.full.num_removals + self.low.num_removals
+
     def tensors(self) -> NodeTensors:
         """The rows as matrices."""
         return self.as_matrices(self.full.data, self.low.data)
+
+    def tensors_with_zeros(self) -> NodeTensors:
+        """The rows as matrices, and behind those of each kind one more, of zeros."""
+        return self.as_matrices(self.full.data_with_zeros, self.low.data_with_zeros)
 
     def as_matrices(self, full_SW: Tensor, low_SW: Tensor) -> NodeTensors:
         """Views of flat rows of both kinds as matrices. Without biases theirs are zeros that nothing reads back."""
@@ -88,8 +111,52 @@ class NodeTable:
         new_G = nodes_G[rows_G < 0]
         if not len(new_G):
             return rows_G
-        store.append(new_G, self.newborn(kind, new_G))
+        store.append(new_G, self.newborn(kind, new_G) if kind == "low" else None)
         return store.find(nodes_G)
+
+    def deepest_level(self, leaf_G: Tensor) -> Tensor:
+        """Level of the deepest node that exists on the path to each leaf, int64; by halving, for no parent is missing."""
+        device, leaf_G = leaf_G.device, leaf_G.to(self.full.keys.device)
+        least_G, most_G = torch.zeros_like(leaf_G), torch.full_like(leaf_G, self.depth)
+        for _ in range(self.depth.bit_length()):
+            level_G = (least_G + most_G + 1) >> 1
+            nodes_G = path_node(leaf_G, level_G, self.depth, self.num_trees)
+            exists_G = torch.maximum(self.full.find(nodes_G), self.low.find(nodes_G)) >= 0
+            least_G, most_G = torch.where(exists_G, level_G, least_G), torch.where(exists_G, most_G, level_G - 1)
+        return least_G.to(device)
+
+    def stage_new(self, path: TreePath, rows: Sequence[Tensor]) -> None:
+        """Count the visits of a backward pass to nodes that it was the first to make, or that others made in this step."""
+        if not self.growth.is_limited or not self.growth.takes_paths:
+            return
+        for number, (level, rows_G) in enumerate(zip(path.levels, rows, strict=True)):
+            is_new_G = rows_G >= self._store("full" if number <= self.full_depth else "low").num_settled
+            self.growth.stage(Visits(level.nodes_G, level.count_G).to(rows_G.device).where(is_new_G))
+
+    def adopt(self) -> None:
+        """Let every node that is there stay, as the whole of the table."""
+        for _, store in self.stores():
+            store.settle()
+        self.growth.num_nodes = self.num_nodes
+
+    def settle(self, admission: Admission | None) -> None:
+        """End a step that is applied: nodes that were admitted (None: all that were made for it) stay, others are gone."""
+        for kind, store in self.stores():
+            if admission is None:
+                store.settle()
+                continue
+            is_kind_G = (admission.keys_G < self.num_full_ids) == (kind == "full")
+            store.keep_new(admission.keys_G[is_kind_G])
+            self.ensure_rows(kind, admission.keys_G[is_kind_G])
+            store.settle()
+        if admission is not None:
+            self.growth.commit(admission)
+
+    def forget_new(self) -> None:
+        """End a step that is not applied: what was made and counted for it is gone."""
+        self.growth.take_staged()
+        for _, store in self.stores():
+            store.keep_new(store.keys[:0])
 
     def _by_kind(self, levels: Sequence[Tensor], look_up: Callable[[str, Tensor], Tensor]) -> list[Tensor]:
         """What `look_up` says of the nodes, asked once for all levels of a kind, where the rows are."""
@@ -118,8 +185,13 @@ class NodeTable:
         return self.full.new_gradient(num_full), self.low.new_gradient(num_low)
 
     def add_gradient(self, rows: list[Tensor], full_GW: Tensor, low_GW: Tensor) -> None:
-        """Collect the gradient of nodes that exist, given their rows per level, laid out as by `new_gradient`."""
+        """Collect the gradient of nodes, given their rows per level, -1 for those without, laid out as by `new_gradient`."""
         first_low = self.full_depth + 1
-        self.full.add_gradient(torch.cat(rows[:first_low]), full_GW)
+        self.full.add_gradient(*_existing(torch.cat(rows[:first_low]), full_GW))
         if rows[first_low:]:
-            self.low.add_gradient(torch.cat(rows[first_low:]), low_GW)
+            self.low.add_gradient(*_existing(torch.cat(rows[first_low:]), low_GW))
+
+
+def _existing(rows_G: Tensor, grad_GW: Tensor) -> tuple[Tensor, Tensor]:
+    mask_G = rows_G >= 0
+    return (rows_G, grad_GW) if bool(mask_G.all()) else (rows_G[mask_G], grad_GW[mask_G])

@@ -10,10 +10,11 @@ from distcond.table.key_index import KeyIndex
 
 
 class RowStore:
-    """Append-only rows of one width, found by int64 key.
+    """Rows of one width, found by int64 key.
 
-    Rows keep their place for life, so indices stay valid while the store grows. The gradient of touched rows is
-    collected by `add_gradient` over micro-batches and ponder steps and coalesced once, by `take_gradient`.
+    Rows keep their place for life, so indices stay valid while the store grows; those that were added for a step and did
+    not come to stay (`keep_new`) make way for others. The gradient of touched rows is collected by `add_gradient` over
+    micro-batches and ponder steps and coalesced once, by `take_gradient`.
     """
 
     def __init__(self, width: int, device: torch.device | None = None) -> None:
@@ -24,6 +25,10 @@ class RowStore:
         self._index = KeyIndex()
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._spare = self.data
+        self.num_settled = 0
+        "Rows that are there to stay; those behind them were added since the last step."
+        self.num_removals = 0
+        "Times that rows were removed: indices from before may be of other rows now."
 
     @property
     def size(self) -> int:
@@ -39,6 +44,11 @@ class RowStore:
     def data(self) -> Tensor:
         """The rows, [size, width]; writing to it writes to the store."""
         return self._data.tensor
+
+    @property
+    def data_with_zeros(self) -> Tensor:
+        """The rows and one of zeros behind them, [size + 1, width], to read from."""
+        return self._data.with_zeros()
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -69,14 +79,39 @@ class RowStore:
         """Row of each key, int64, -1 where there is none."""
         return self._index.find(keys_G)
 
-    def append(self, keys_G: Tensor, data_GW: Tensor) -> None:
-        """Add rows under new, distinct keys."""
+    def append(self, keys_G: Tensor, data_GW: Tensor | None) -> None:
+        """Add rows under new, distinct keys; None: zeros, which take no memory before they are written to."""
         start, size = self.size, self.size + len(keys_G)
         for growing in (self._keys, self._data, *self._state.values()):
             growing.resize(size)
         self.keys[start:] = keys_G
-        self.data[start:] = data_GW
+        if data_GW is not None:
+            self.data[start:] = data_GW
         self._index.insert(keys_G, torch.arange(start, size, device=keys_G.device))
+
+    def settle(self) -> None:
+        """Let all rows stay."""
+        self.num_settled = self.size
+
+    def keep_new(self, keys_G: Tensor) -> None:
+        """Let those of the rows added since `settle` stay that have one of these keys, and remove the others."""
+        start = self.num_settled
+        if start < self.size:
+            new_N = self.keys[start:].clone()
+            kept_N = torch.isin(new_N, keys_G)
+            if not bool(kept_N.all()):
+                self._remove_new(start, new_N[kept_N], kept_N)
+        self.settle()
+
+    def _remove_new(self, start: int, keys_G: Tensor, kept_N: Tensor) -> None:
+        """Keep some of the rows from `start` on; they have no optimiser state yet."""
+        data_GW = self.data[start:][kept_N]
+        self._index.drop(start)
+        for growing in (self._keys, self._data, *self._state.values()):
+            growing.resize(start)
+        self._pending = []
+        self.num_removals += 1
+        self.append(keys_G, data_GW)
 
     def replace(self, keys_N: Tensor, data_NW: Tensor, state: dict[str, Tensor] | None = None) -> None:
         """Throw all rows away and hold these instead, in this order."""
@@ -85,6 +120,8 @@ class RowStore:
         self._index = KeyIndex()
         self._index.insert(keys_N, torch.arange(len(keys_N), device=keys_N.device))
         self._pending = []
+        self.num_removals += 1
+        self.settle()
 
     def keep(self, mask_N: Tensor) -> None:
         """Keep only the rows where the mask is true, in their order."""

@@ -53,7 +53,8 @@ def tree_usage(model: nn.Module, world: Collective, expert: Collective) -> dict[
     """How the tokens since the last call spread over a tree's leaves, mean over trees and layers; nodes that exist, of all.
 
     A collective call. leaf_entropy_nats: of the load; load_max_over_mean: busiest leaf over the mean of all 2**K;
-    dead_leaves: leaves without a token. nonfinite_inputs: rows with a NaN or infinite gate, summed over layers.
+    dead_leaves: leaves without a token; capped_pct: tokens whose path ended above its leaf, for their table is full.
+    nonfinite_inputs: rows with a NaN or infinite gate, summed over layers.
     """
     rows: list[dict[str, float]] = []
     nodes, nonfinite = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
@@ -64,8 +65,10 @@ def tree_usage(model: nn.Module, world: Collective, expert: Collective) -> dict[
         union_G = world.gather_union(leaf_G)
         load_G = torch.zeros(len(union_G), dtype=torch.float64, device=leaf_G.device)
         load_G[torch.searchsorted(union_G, leaf_G)] = count_G.double()
-        share_G = world.sum_(load_G) / max(1.0, float(load_G.sum()))
-        rows.append(_spread(share_G, union_G >> layer.depth, layer))
+        capped = torch.tensor([layer.table.growth.take_capped() if layer.table is not None else 0], dtype=torch.float64)
+        total = max(1.0, float(world.sum_(load_G).sum()))
+        spread = _spread(load_G / total, union_G >> layer.depth, layer)
+        rows.append({**spread, "tree/capped_pct": 100 * float(world.sum_(capped)) / total})
         if layer.table is None:
             replicated += layer.num_materialized
             continue
@@ -76,11 +79,11 @@ def tree_usage(model: nn.Module, world: Collective, expert: Collective) -> dict[
     if not rows:
         return {}
     mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
-    total = {
+    totals = {
         "tree/nonfinite_inputs": float(world.sum_(nonfinite)),
         "tree/materialized_nodes": float(expert.sum_(nodes)) + replicated,
     }
-    return {**mean, **total}
+    return {**mean, **totals}
 
 
 def _spread(share_G: Tensor, tree_G: Tensor, layer: TreeLinear) -> dict[str, float]:

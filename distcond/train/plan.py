@@ -1,9 +1,13 @@
 """What a run would be, without starting it: parameters, computation, placement, memory."""
 
+import os
 from collections import Counter
 from dataclasses import replace
 
-from distcond.config import Config, DataConfig, DataName, GateName, HaltingKind
+import psutil
+
+from distcond.config import ClusterName, Config, DataConfig, DataName, GateName, HaltingKind
+from distcond.config.check import need
 from distcond.data.graves import logic, parity
 from distcond.nn.cost import ModelCost, model_cost
 from distcond.table import SubtreePlan
@@ -19,7 +23,7 @@ def describe(config: Config) -> str:
     most = {HaltingKind.none: 1, HaltingKind.fixed: halting.max_steps, HaltingKind.act: halting.max_steps}[halting.kind]
     lines = [
         f"dense parameters    {cost.dense_parameters:,}",
-        f"node parameters     {_count(cost.node_parameters)} if every node comes to exist",
+        f"node parameters     {_count(cost.node_parameters)} if every node comes to exist{_limit(config)}",
         f"MACs per position   {cost.macs(1):,.0f} with 1 ponder step, {cost.macs(most):,.0f} with {most}",
         f"ranks               {cluster.num_workers}, ZeRO {config.optim.zero_stage}, {config.optim.precision}",
         f"memory per rank     {_dense_bytes(config, cost) / 2**20:,.1f} MiB for the dense part",
@@ -35,6 +39,33 @@ def describe(config: Config) -> str:
     return "\n".join(lines)
 
 
+def check_fits(config: Config) -> None:
+    """Refuse a run whose nodes are sure not to fit into this machine. Raises ConfigError with bytes needed and available.
+
+    Sure: dense storage holds every node, and a lazy table fills up to max_nodes; other tables grow with the data. Runs on
+    other machines are not judged.
+    """
+    cluster, tree = config.cluster, config.model.tree
+    if cluster.name != ClusterName.local or cluster.address or "RAY_ADDRESS" in os.environ:
+        return
+    cost = cost_of(config)
+    needed = cluster.num_workers * _dense_bytes(config, cost)
+    if tree.max_nodes is not None:
+        copies = cluster.num_workers // (cluster.expert_parallel_size or cluster.num_workers)
+        needed += copies * BYTES_PER_ROW_NUMBER * cost.node_parameters
+    available = psutil.virtual_memory().available
+    need(
+        needed <= available,
+        f"model.tree.depth={tree.depth}, storage={tree.storage}, max_nodes={tree.max_nodes} needs {int(needed):,} bytes for "
+        f"{cluster.num_workers} ranks' weights and moments, {available:,} are available; use a smaller depth, rank or max_nodes.",
+    )
+
+
+def _limit(config: Config) -> str:
+    most = config.model.tree.max_nodes
+    return "" if most is None else f", of at most {most:,}"
+
+
 def cost_of(config: Config) -> ModelCost:
     """Closed-form cost of a configuration's model on its data."""
     input_size, output_size, length = _sizes(config.data)
@@ -43,6 +74,9 @@ def cost_of(config: Config) -> ModelCost:
 
 def _fullest_rank(config: Config, cost: ModelCost, plan: SubtreePlan) -> int:
     """Node parameters of the rank that holds most if every node exists: the levels on every rank, and its subtrees."""
+    if config.model.tree.max_nodes is not None:  # all of them may be those of one rank
+        free = replace(config, model=replace(config.model, tree=replace(config.model.tree, max_nodes=None)))
+        return min(cost.node_parameters, _fullest_rank(free, cost_of(free), plan))
     if not plan.is_sharded:
         return cost.node_parameters
     subtrees, most = len(plan.owner_S), max(Counter(plan.owner_S).values())

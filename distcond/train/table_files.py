@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distcond.errors import RunError
 from distcond.nn import TreeLinear
 from distcond.optim.sharded import ShardedRows
-from distcond.table import RowStore
+from distcond.table import RowStore, Visits
 
 FILE_NAME, ANY_FILE = "tables_{:05d}_of_{:05d}.safetensors", "tables_*_of_*.safetensors"
 LOG_DECAY = "log_decay"
@@ -50,28 +50,39 @@ def load_tables(folder: Path, model: nn.Module, *, rank: int = 0, size: int = 1)
     if not files:
         raise RunError(f"{folder} holds no node tables; give a checkpoint written by an engine of distcond.initialize.")
     parts = [load_file(own)] if own in files else []
-    levels = {name: layer.plan.shard_level for name, layer in layers.items()}
-    same_plan = bool(parts) and all(int(parts[0].get(f"{name}/shard_level", -1)) == levels[name] for name in layers)
+    same_plan = bool(parts) and all(_is_placed_alike(name, layer, parts[0]) for name, layer in layers.items())
     if not same_plan:
         parts = [load_file(file) for file in files]
     for name, layer in layers.items():
         _load_layer(name, layer, parts, folder)
-        for _, store in layer.table.stores() if layer.table is not None and not same_plan else ():
-            owner = layer.plan.node_owner(store.keys)
-            store.keep((owner < 0) | (owner == rank))
+        if not same_plan:
+            layer.keep_own(rank)
     return float(parts[0][LOG_DECAY])
 
 
-def _load_layer(name: str, layer: TreeLinear, parts: list[dict[str, Tensor]], folder: Path) -> None:
+def _is_placed_alike(name: str, layer: TreeLinear, part: dict[str, Tensor]) -> bool:
+    """Whether a rank may take its own file as it is."""
     assert layer.table is not None
-    layer.table.seed = int(layer.seed)
-    for kind, store in layer.table.stores():
+    is_counted = f"{name}/num_nodes" in part or not layer.table.growth.is_limited
+    return is_counted and int(part.get(f"{name}/shard_level", -1)) == layer.plan.shard_level
+
+
+def _load_layer(name: str, layer: TreeLinear, parts: list[dict[str, Tensor]], folder: Path) -> None:
+    table = layer.table
+    assert table is not None
+    table.seed = int(layer.seed)
+    for kind, store in table.stores():
         prefix = f"{name}/{kind}/"
         pieces = [{k.removeprefix(prefix): v for k, v in part.items() if k.startswith(prefix)} for part in parts]
         held = pieces[0]["rows"].shape[1] if pieces[0] else "no"
         if held != store.width:
             raise RunError(f"{folder} holds rows of {held} numbers for {name}, the model's have {store.width}.")
         _fill(store, pieces)
+    number = parts[0].get(f"{name}/num_nodes")
+    table.growth.num_nodes = table.num_nodes if number is None else int(number)
+    counted = [part for part in parts if f"{name}/num_nodes" in part]
+    visits = [Visits(part[f"{name}/visits/keys"], part[f"{name}/visits/count"]) for part in counted]
+    table.growth.visits = Visits.any_of(visits).to(layer.seed.device)
 
 
 def _fill(store: RowStore, pieces: list[dict[str, Tensor]]) -> None:
@@ -91,6 +102,11 @@ def _layer_rows(name: str, layer: TreeLinear) -> Iterator[tuple[str, Tensor]]:
     if layer.table is None:
         return
     yield f"{name}/shard_level", torch.tensor(layer.plan.shard_level)
+    growth = layer.table.growth
+    if growth.is_limited:
+        yield f"{name}/num_nodes", torch.tensor(growth.num_nodes)
+        yield f"{name}/visits/keys", growth.visits.keys_G.cpu()
+        yield f"{name}/visits/count", growth.visits.count_G.cpu()
     for kind, store in layer.table.stores():
         for part, value in {"keys": store.keys, "rows": store.data, **store.state}.items():
             yield f"{name}/{kind}/{part}", value.detach().cpu().contiguous()

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distcond.nn import TreeLinear
-from distcond.optim import RowAdam
-from distcond.optim.sharded import ShardedRows
-from tests.thread_ranks import ThreadGroup, run_threads
+from tests.thread_ranks import Groups
 from tests.trees import path, random_tree, tokens
 
 STEPS, BATCH, DEPTH, OUT = 3, 12, 4, 6
@@ -32,30 +30,6 @@ PLACEMENTS: list[tuple[list[int], int, int | None]] = [
     ([6, 6], 1, None),  # replicas alone
     ([6, 6], 2, 0),  # a level without a subtree for every rank: replicated
 ]
-
-
-class Groups:
-    """World, expert-parallel and replica groups of `world` ranks."""
-
-    def __init__(self, world: int, expert: int) -> None:
-        self.size, self.expert_size = world, expert
-        self.world = ThreadGroup(world)
-        self.expert = [ThreadGroup(expert) for _ in range(world // expert)]
-        self.replica = [ThreadGroup(world // expert) for _ in range(expert)]
-
-    def run(self, work: Any) -> list[Any]:
-        return run_threads(work, [self.world, *self.expert, *self.replica], self.size)
-
-    def shard(self, rank: int, model: nn.Module, shard_level: int | None = None, **options: Any) -> ShardedRows:
-        block, place = divmod(rank, self.expert_size)
-        return ShardedRows(
-            model,
-            RowAdam(model, **options),
-            world=self.world.collective(rank),
-            expert=self.expert[block].collective(place),
-            replica=self.replica[place].collective(block),
-            shard_level=shard_level,
-        )
 
 
 def train(rank: int, groups: Groups, layer: TreeLinear, counts: list[int], shard_level: int | None) -> dict[str, Any]:

@@ -32,6 +32,18 @@ def test_rows_stay_and_new_ones_are_zeros(reserves: bool, shape: tuple[int, ...]
         rows.tensor.fill_(7.0)
 
 
+@pytest.mark.parametrize("width", [3, 700, 5000])
+def test_rows_that_come_again_are_zeros_and_so_is_the_one_behind_the_last(reserves: bool, width: int) -> None:
+    rows = Growing((width,), torch.float32)
+    assert not rows.with_zeros().any()
+    for size in (9, 2, 30, 29, 0, 4):
+        kept = min(size, len(rows.tensor))
+        rows.resize(size)
+        assert bool((rows.tensor[:kept] == 7.0).all()) and not rows.tensor[kept:].any()
+        assert rows.with_zeros().shape == (size + 1, width) and not rows.with_zeros()[size].any()
+        rows.tensor.fill_(7.0)
+
+
 def test_growth_moves_nothing_or_by_a_quarter(reserves: bool) -> None:
     rows = Growing((3,), torch.float32)
     places = []
@@ -52,6 +64,15 @@ def test_what_outgrows_its_place_moves_with_its_rows(monkeypatch: pytest.MonkeyP
         rows.resize(size)
         rows.tensor[-1] = size
     assert rows.tensor[[199, 299, 2999], 0].tolist() == [200, 300, 3000]
+
+
+def test_memory_of_rows_that_went_is_given_back() -> None:
+    process, rows = psutil.Process(), Growing((2**10,), torch.float32)
+    rows.resize(2**13)
+    rows.tensor.fill_(1.0)
+    before = process.memory_info().rss
+    rows.resize(3)
+    assert before - process.memory_info().rss > 0.9 * 2**25 and bool((rows.tensor == 1.0).all())
 
 
 def test_memory_is_taken_by_rows_that_are_written() -> None:

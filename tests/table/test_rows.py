@@ -87,6 +87,22 @@ def test_keep_keeps_rows_in_their_order_with_their_state() -> None:
     assert int(store.state["clock"][3]) == 0 and not store.state["moment"][3].any()
 
 
+def test_of_new_rows_only_those_stay_that_are_wanted_and_old_ones_all_do() -> None:
+    store = filled()
+    store.settle()
+    new = torch.tensor([30, 10, 20, 40])
+    store.append(new, rows_for(new))
+    removals = store.num_removals
+    store.keep_new(torch.tensor([40, 10, 9]))
+    assert store.keys.tolist() == [*KEYS.tolist(), 10, 40] and store.num_settled == 7
+    assert torch.equal(store.data, rows_for(store.keys)) and store.num_removals == removals + 1
+    assert store.find(torch.tensor([*KEYS.tolist(), *new.tolist()])).tolist() == [0, 1, 2, 3, 4, -1, 5, -1, 6]
+    store.append(new[:1], None)  # comes again, as a stranger
+    assert not store.data[7].any() and int(store.state["clock"][7]) == 0
+    store.keep_new(new)
+    assert store.size == 8 and store.num_removals == removals + 1
+
+
 @pytest.mark.parametrize("calls", [0, 1, 2, 5])
 def test_gradients_of_micro_batches_add_up_per_row_by_ascending_key_and_are_taken_once(calls: int) -> None:
     store, generator = filled(), torch.Generator().manual_seed(calls)

@@ -84,6 +84,7 @@ def by_hand(leaves: dict[str, list[int]], nodes: dict[str, set[int]]) -> dict[st
                 "tree/leaf_entropy_nats": -sum(n / total * math.log(n / total) for n in counts.values()),
                 "tree/load_max_over_mean": max(counts.values()) / (total / 2**layer.depth),
                 "tree/dead_leaves": 2**layer.depth - len(counts),
+                "tree/capped_pct": 0.0,
             }
         )
     exist = sum(len(nodes[name]) if layer.table is not None else 2 ** (layer.depth + 1) - 1 for name, layer in trees.items())

@@ -9,10 +9,11 @@ import torch
 
 from distcond.config import Config
 from distcond.data.tasks import build_task
+from distcond.errors import ConfigError
 from distcond.nn import TreeLinear
 from distcond.nn.model import Learner, build_learner
 from distcond.table import SubtreePlan
-from distcond.train.plan import cost_of, describe
+from distcond.train.plan import check_fits, cost_of, describe
 from tests.helpers import small_config, text_config
 
 CONFIGS: list[dict[str, Any]] = [
@@ -86,3 +87,34 @@ def test_dense_memory_follows_the_zero_stages() -> None:
     # Stage 1 up: an fp32 copy that ZeRO steps on, beside the weights themselves.
     shares = [16, 8 + 12 / ranks, 4 + 16 / ranks, 20 / ranks]
     assert [mib(stage) for stage in range(4)] == [f"{share * parameters / 2**20:,.1f}" for share in shares]
+
+
+def test_a_cap_bounds_what_is_told_of_a_table(tmp_path: Path) -> None:
+    """Full nodes come first, for they are above the others."""
+    config = small_config(tmp_path, cluster__num_workers=4, model__tree__depth=40, model__tree__max_nodes=1000)
+    text, layer = describe(config), next(m for m in learner_of(config).modules() if isinstance(m, TreeLinear))
+    assert layer.table is not None
+    numbers = 3 * layer.table.full.width + 997 * layer.table.low.width  # full_depth = 1
+    assert number(text, "node parameters", " if every node comes to exist, of at most 1,000") == numbers
+    assert number(text, "up to", " bytes of rows per rank") == 12 * numbers
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_sure"),
+    [
+        ({"model__tree__storage": "dense", "model__tree__depth": 20, "model__tree__full_depth": None, "model__width": 512}, True),
+        ({"model__tree__depth": 62, "model__tree__max_nodes": 10**11}, True),
+        ({"model__tree__depth": 62, "model__tree__max_nodes": 100}, False),
+        ({"model__tree__depth": 62}, False),
+        ({"model__tree__depth": 62, "model__tree__max_nodes": 10**11, "cluster__name": "slurm"}, False),
+    ],
+)
+def test_a_table_that_is_sure_not_to_fit_is_refused_with_bytes_needed_and_available(
+    tmp_path: Path, changes: dict[str, Any], is_sure: bool
+) -> None:
+    config = small_config(tmp_path, **changes)
+    if not is_sure:
+        check_fits(config)
+        return
+    with pytest.raises(ConfigError, match=r"needs [0-9,]+ bytes .*, [0-9,]+ are available"):
+        check_fits(config)

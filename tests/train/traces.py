@@ -186,6 +186,7 @@ def train_plainly(case: Case, num_steps: int) -> Trace:
         trace.norms.append(norm if math.isfinite(norm) else math.inf)
         trace.applied.append(math.isfinite(norm))
         if not trace.applied[-1]:
+            rows.zero_grad()
             for layer in rows.layers:
                 layer.gate.take_statistics()
             continue
@@ -194,6 +195,8 @@ def train_plainly(case: Case, num_steps: int) -> Trace:
             grad.mul_(scale)
         adam.step()
         rows.step_rows([(store, touched, grad * scale) for store, touched, grad in gradients])
+        for table in rows.tables():
+            table.settle(None)
         for layer in rows.layers:
             layer.commit_statistics()
     trace.dense = {name: parameter.detach() for name, parameter in learner.named_parameters()} | buffers(learner)
