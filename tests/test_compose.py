@@ -89,6 +89,7 @@ def test_interpolations_are_resolved() -> None:
         ("model.tree={gate:sign,depth:6,num_trees:32}", "takes 192 bits (model.tree.num_trees x model.tree.depth) from"),
         ("model.tree.min_visits=0", "model.tree.min_visits=0 is below 1; use 1 or more."),
         ("model.tree.max_nodes=0", "model.tree.max_nodes=0 is below 1; the root of a tree always exists"),
+        ("cluster.rebalance_every=0", "cluster.rebalance_every=0 is below 1; use 1 or more, or null for never."),
         ("model=trasformer", "no model/trasformer.yaml; model has rnn, transformer; did you mean transformer?"),
         ("model.tree.depth=1,2", "model.tree.depth=1,2: needed is one value"),
         ("model.tree.depth=range(1,3)", "a search over values is `distcond sweep`."),

@@ -95,7 +95,9 @@ class Groups:
     def run(self, work: Any) -> list[Any]:
         return run_threads(work, [self.world, *self.expert, *self.replica], self.size)
 
-    def shard(self, rank: int, model: nn.Module, shard_level: int | None = None, **options: Any) -> ShardedRows:
+    def shard(
+        self, rank: int, model: nn.Module, shard_level: int | None = None, rebalance_every: int | None = None, **options: Any
+    ) -> ShardedRows:
         block, place = divmod(rank, self.expert_size)
         return ShardedRows(
             model,
@@ -104,4 +106,5 @@ class Groups:
             expert=self.expert[block].collective(place),
             replica=self.replica[place].collective(block),
             shard_level=shard_level,
+            rebalance_every=rebalance_every,
         )

@@ -25,6 +25,8 @@ class ClusterConfig:
     "E, the ranks that share one copy of a node table; divides num_workers; null: all of them."
     shard_level: int | None = None
     "s: levels above s are replicated, a subtree below is on one rank; null: least s with num_trees 2**s >= 4 E. Placement only."
+    rebalance_every: int | None = None
+    "Steps after which subtrees move between ranks so that these serve equally many tokens; >= 1; null: never. Placement only."
     kernels: Kernels = Kernels.torch
     "torch: plain torch, everywhere. native: fp32 trees on CPUs by C that each machine's gcc compiles once, some seconds."
     max_failures: int = 3
@@ -45,6 +47,8 @@ class ClusterConfig:
             f"cluster.expert_parallel_size={size} does not divide cluster.num_workers={self.num_workers}.",
         )
         level = self.shard_level
+        every = self.rebalance_every
+        need(every is None or every >= 1, f"cluster.rebalance_every={every} is below 1; use 1 or more, or null for never.")
         need(level is None or 0 <= level <= 20, f"cluster.shard_level={level} is outside 0..20.")
 
 

@@ -21,7 +21,7 @@ from distcond.nn.tree_options import check_growth, check_options
 from distcond.nn.tree_product import TreeProduct, anchor
 from distcond.nn.tree_state import load_rows, move_rows, row_names, save_rows
 from distcond.ops import NodeTensors, TreePath, first_node
-from distcond.table import Collective, Growth, NodeTable, SubtreePlan, Visits
+from distcond.table import Collective, Growth, NodeTable, SubtreeLoads, SubtreePlan, Visits
 
 
 class TreeLinear(nn.Module):
@@ -83,6 +83,7 @@ class TreeLinear(nn.Module):
         self.plan = SubtreePlan.make(depth, 1, num_trees=num_trees)
         self.collective: Collective | None = None
         self.commits_by_itself = storage == "dense"
+        self.subtree_loads: SubtreeLoads | None = None
         self.records_loads = False
         self.records_touched = False
         self._backward_seen = False
@@ -309,6 +310,8 @@ class TreeLinear(nn.Module):
             self.gate.stage(statistics)
         if self.records_touched:
             self._touched.append(torch.cat([level.nodes_G for level in path.levels]))
+        if self.subtree_loads is not None:
+            self.subtree_loads.stage(loads, self.plan)
         if self.records_loads:
             self._leaf_loads.append(loads)
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from distcond.nn.gates import Gate
 from distcond.nn.tree import TreeLinear
-from distcond.optim.row_adam import RowAdam
-from distcond.table import Admission, Collective, NodeTable, RowStore, SubtreePlan, admit
+from distcond.optim.row_adam import RowAdam, add_state
+from distcond.table import Admission, Collective, NodeTable, RowStore, SubtreeLoads, SubtreePlan, admit, move_subtrees
 
 
 @dataclass(slots=True)
@@ -41,6 +41,8 @@ class ShardedRows:
     """The lazy tables of a model under expert parallelism: who holds what, and one optimiser for it.
 
     world: all ranks. expert: the ranks that share one copy of the tables. replica: the ranks with the same part.
+    rebalance_every: applied steps after which subtrees move to other ranks, so that these serve equally many tokens; None:
+        never. Results do not depend on it.
     """
 
     def __init__(
@@ -52,10 +54,12 @@ class ShardedRows:
         expert: Collective,
         replica: Collective,
         shard_level: int | None = None,
+        rebalance_every: int | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.world, self.expert, self.replica = world, expert, replica
         self.layers = [layer for layer in optimizer.layers if layer.table is not None]
+        self.rebalance_every = rebalance_every
         self._updates: list[_Part] = []
         self._admissions: list[Admission | None] = []
         self._statistics: list[Tensor] = []
@@ -66,6 +70,8 @@ class ShardedRows:
             table.adopt()
         for layer in self.layers:
             layer.shard(SubtreePlan.make(layer.depth, expert.size, shard_level, layer.num_trees), expert)
+            if rebalance_every is not None and layer.plan.is_sharded:
+                layer.subtree_loads = SubtreeLoads.none(layer.plan)
 
     def _take_from_first_rank(self, layer: TreeLinear) -> None:
         """Make buffers and rows those of rank 0, as DeepSpeed does for parameters."""
@@ -149,12 +155,31 @@ class ShardedRows:
         for gate, statistics in zip(self._gates(), self._statistics, strict=True):
             gate.commit(statistics)
         self._updates, self._statistics = [], []
+        self._rebalance()
+
+    def _rebalance(self) -> None:
+        """Count the loads of a step; where enough of them are counted, move subtrees. A collective call at these steps."""
+        for layer in self.layers:
+            loads, table = layer.subtree_loads, layer.table
+            if loads is None or table is None or self.rebalance_every is None:
+                continue
+            loads.commit()
+            if loads.num_steps < self.rebalance_every:
+                continue
+            plan = layer.plan.rebalanced(loads.pool(self.world))
+            for _, store in table.stores():
+                add_state(store)  # the same on all ranks, of which some may have no row yet
+            move_subtrees(table, plan, self.expert)
+            layer.plan, layer.subtree_loads = plan, SubtreeLoads.none(plan)
 
     def discard(self) -> None:
         """Forget the reduced gradient, new nodes and the pooled statistics, of a step that is not applied."""
         self._updates, self._statistics = [], []
-        for table in self.optimizer.tables():
-            table.forget_new()
+        for layer in self.layers:
+            if layer.table is not None:
+                layer.table.forget_new()
+            if layer.subtree_loads is not None:
+                layer.subtree_loads.forget()
 
 
 def _square(parts: list[_Part]) -> Tensor:

@@ -1,5 +1,6 @@
 """Node tables: rows by node id, their placement over ranks, and the exchange of tokens."""
 
+from distcond.table.balance import SubtreeLoads, move_subtrees
 from distcond.table.collective import Collective
 from distcond.table.copies import copy_rows
 from distcond.table.exchange import Route
@@ -15,9 +16,11 @@ __all__ = [
     "NodeTable",
     "Route",
     "RowStore",
+    "SubtreeLoads",
     "SubtreePlan",
     "Visits",
     "admit",
     "copy_rows",
+    "move_subtrees",
     "path_node",
 ]

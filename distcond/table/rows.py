@@ -113,6 +113,31 @@ class RowStore:
         self.num_removals += 1
         self.append(keys_G, data_GW)
 
+    def take(self, rows_G: Tensor) -> dict[str, Tensor]:
+        """Remove rows, whose places are taken by the last ones; returns copies of what they held, optimiser state included."""
+        columns = {"keys": self.keys, "rows": self.data, **self.state}
+        taken = {name: column[rows_G] for name, column in columns.items()}
+        size = self.size - len(rows_G)
+        stays_N = torch.ones(self.size, dtype=torch.bool, device=rows_G.device)
+        stays_N[rows_G] = False
+        holes, last = rows_G[rows_G < size], stays_N[size:].nonzero()[:, 0] + size
+        for column, growing in zip(columns.values(), (self._keys, self._data, *self._state.values()), strict=True):
+            column[holes] = column[last]
+            growing.resize(size)
+        self._index = KeyIndex()
+        self._index.insert(self.keys.clone(), torch.arange(size, device=rows_G.device))
+        self.num_removals += 1
+        self.settle()
+        return taken
+
+    def put(self, columns: dict[str, Tensor]) -> None:
+        """Add what `take` returned elsewhere, to a store with the same optimiser state."""
+        start = self.size
+        self.append(columns["keys"], columns["rows"])
+        for name, value in self.state.items():
+            value[start:] = columns[name]
+        self.settle()
+
     def replace(self, keys_N: Tensor, data_NW: Tensor, state: dict[str, Tensor] | None = None) -> None:
         """Throw all rows away and hold these instead, in this order."""
         self._keys, self._data = Growing.of(keys_N), Growing.of(data_NW)

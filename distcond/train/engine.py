@@ -46,13 +46,15 @@ def initialize(
     config: Mapping[str, Any] | str,
     expert_parallel_size: int | None = None,
     shard_level: int | None = None,
+    rebalance_every: int | None = None,
     **options: Any,
 ) -> tuple[Any, Any, Any, Any]:
     """`deepspeed.initialize` for a model with `TreeLinear`s: (engine, optimizer, dataloader, scheduler).
 
     The engine is DeepSpeed's own; its `step` also updates the node tables, with the learning rate, betas, eps and weight
     decay of the first parameter group, and its `save_checkpoint` and `load_checkpoint` carry them. Lazy tables are
-    sharded over `expert_parallel_size` ranks (None: all) and their gradients clipped jointly with the dense ones.
+    sharded over `expert_parallel_size` ranks (None: all) and their gradients clipped jointly with the dense ones. After
+    every `rebalance_every` steps (None: never) subtrees move so that ranks serve equally many tokens.
     `engine.tables` is the `ShardedRows`. options: further arguments of `deepspeed.initialize`.
     Raises ConfigError for fp16, whose loss scale the tables do not follow.
     """
@@ -66,7 +68,7 @@ def initialize(
     start_process_group()
     with compiling_late():
         engine, optimizer, loader, scheduler = deepspeed.initialize(model=model, config=ds_config, **options)
-    engine.tables = _shard_tables(engine, model, expert_parallel_size, shard_level)
+    engine.tables = _shard_tables(engine, model, expert_parallel_size, shard_level, rebalance_every)
     lockstep = engine.tables.is_sharded or stage == 3
     for module in model.modules():
         if isinstance(module, AdaptiveComputation) and lockstep:
@@ -110,7 +112,9 @@ def start_process_group() -> None:
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
-def _shard_tables(engine: Any, model: nn.Module, expert_parallel_size: int | None, shard_level: int | None) -> ShardedRows:
+def _shard_tables(
+    engine: Any, model: nn.Module, expert_parallel_size: int | None, shard_level: int | None, rebalance_every: int | None
+) -> ShardedRows:
     size = expert_parallel_size or dist.get_world_size()
     if dist.get_world_size() % size:
         raise ConfigError(f"expert_parallel_size={size} does not divide the {dist.get_world_size()} ranks.")
@@ -131,6 +135,7 @@ def _shard_tables(engine: Any, model: nn.Module, expert_parallel_size: int | Non
         expert=Collective(groups._get_expert_parallel_group(name), deepspeed.comm),
         replica=Collective(groups._get_expert_data_parallel_group(name), deepspeed.comm),
         shard_level=shard_level,
+        rebalance_every=rebalance_every,
     )
 
 
@@ -243,6 +248,7 @@ class Engine:
             config=deepspeed_options(config),
             expert_parallel_size=config.cluster.expert_parallel_size,
             shard_level=config.cluster.shard_level,
+            rebalance_every=config.cluster.rebalance_every,
             model_parameters=list(model.parameters()),
         )
         self._make_moments()

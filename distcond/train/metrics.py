@@ -53,8 +53,9 @@ def tree_usage(model: nn.Module, world: Collective, expert: Collective) -> dict[
     """How the tokens since the last call spread over a tree's leaves, mean over trees and layers; nodes that exist, of all.
 
     A collective call. leaf_entropy_nats: of the load; load_max_over_mean: busiest leaf over the mean of all 2**K;
-    dead_leaves: leaves without a token; capped_pct: tokens whose path ended above its leaf, for their table is full.
-    nonfinite_inputs: rows with a NaN or infinite gate, summed over layers.
+    dead_leaves: leaves without a token; capped_pct: tokens whose path ended above its leaf, for their table is full;
+    rank_load_max_over_mean: tokens that the busiest rank served. nonfinite_inputs: rows with a NaN or infinite gate, summed
+    over layers.
     """
     rows: list[dict[str, float]] = []
     nodes, nonfinite = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
@@ -65,10 +66,18 @@ def tree_usage(model: nn.Module, world: Collective, expert: Collective) -> dict[
         union_G = world.gather_union(leaf_G)
         load_G = torch.zeros(len(union_G), dtype=torch.float64, device=leaf_G.device)
         load_G[torch.searchsorted(union_G, leaf_G)] = count_G.double()
-        capped = torch.tensor([layer.table.growth.take_capped() if layer.table is not None else 0], dtype=torch.float64)
         total = max(1.0, float(world.sum_(load_G).sum()))
-        spread = _spread(load_G / total, union_G >> layer.depth, layer)
-        rows.append({**spread, "tree/capped_pct": 100 * float(world.sum_(capped)) / total})
+        served = torch.zeros(1 + world.size, dtype=torch.float64)
+        served[0] = 0 if layer.table is None else layer.table.growth.take_capped()
+        served[1 + world.rank] = float(count_G.sum())
+        capped, *rank_loads = world.sum_(served).tolist()
+        rows.append(
+            {
+                **_spread(load_G / total, union_G >> layer.depth, layer),
+                "tree/capped_pct": 100 * capped / total,
+                "tree/rank_load_max_over_mean": max(rank_loads) * world.size / total,
+            }
+        )
         if layer.table is None:
             replicated += layer.num_materialized
             continue

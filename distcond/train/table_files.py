@@ -1,9 +1,10 @@
 """Node tables in files: one for each part of the tables, rows in their order and moments beside them.
 
-A loader with the same placement takes its own file and is bit-equal; others pick their rows by node id from all files.
+A loader on as many ranks takes its own file and is bit-equal; others pick their rows by node id from all files.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from distcond.errors import RunError
 from distcond.nn import TreeLinear
 from distcond.optim.sharded import ShardedRows
-from distcond.table import RowStore, Visits
+from distcond.table import RowStore, SubtreeLoads, SubtreePlan, Visits
 
 FILE_NAME, ANY_FILE = "tables_{:05d}_of_{:05d}.safetensors", "tables_*_of_*.safetensors"
 LOG_DECAY = "log_decay"
@@ -28,6 +29,9 @@ def tree_layers(model: nn.Module) -> dict[str, TreeLinear]:
 def write_tables(folder: Path, model: nn.Module, tables: ShardedRows) -> None:
     """Write the rows of all ranks into an existing folder. Collective: when it returns, every file is there."""
     expert = tables.expert
+    for layer in tree_layers(model).values():
+        if layer.subtree_loads is not None:
+            layer.subtree_loads.pool(tables.world)
     if tables.replica.rank == 0:
         rows = {key: value for name, layer in tree_layers(model).items() for key, value in _layer_rows(name, layer)}
         rows[LOG_DECAY] = torch.tensor(tables.optimizer.log_decay, dtype=torch.float64)
@@ -55,6 +59,7 @@ def load_tables(folder: Path, model: nn.Module, *, rank: int = 0, size: int = 1)
         parts = [load_file(file) for file in files]
     for name, layer in layers.items():
         _load_layer(name, layer, parts, folder)
+        _load_plan(name, layer, parts[0] if same_plan else {})
         if not same_plan:
             layer.keep_own(rank)
     return float(parts[0][LOG_DECAY])
@@ -65,6 +70,18 @@ def _is_placed_alike(name: str, layer: TreeLinear, part: dict[str, Tensor]) -> b
     assert layer.table is not None
     is_counted = f"{name}/num_nodes" in part or not layer.table.growth.is_limited
     return is_counted and int(part.get(f"{name}/shard_level", -1)) == layer.plan.shard_level
+
+
+def _load_plan(name: str, layer: TreeLinear, part: dict[str, Tensor]) -> None:
+    """Take over the map from subtrees to ranks, and the loads that the next one will be made from; else begin anew."""
+    plan, owner_S, loads_S = layer.plan, part.get(f"{name}/owner"), part.get(f"{name}/loads")
+    fresh = SubtreePlan.make(plan.depth, plan.num_ranks, plan.shard_level, plan.num_trees)
+    layer.plan = fresh if owner_S is None else replace(plan, owner_S=tuple(owner_S.tolist()))
+    if layer.subtree_loads is not None:
+        layer.subtree_loads = SubtreeLoads.none(plan)
+    if layer.subtree_loads is not None and loads_S is not None:
+        layer.subtree_loads.pooled_S.copy_(loads_S)
+        layer.subtree_loads.num_steps = int(part[f"{name}/load_steps"])
 
 
 def _load_layer(name: str, layer: TreeLinear, parts: list[dict[str, Tensor]], folder: Path) -> None:
@@ -82,7 +99,7 @@ def _load_layer(name: str, layer: TreeLinear, parts: list[dict[str, Tensor]], fo
     table.growth.num_nodes = table.num_nodes if number is None else int(number)
     counted = [part for part in parts if f"{name}/num_nodes" in part]
     visits = [Visits(part[f"{name}/visits/keys"], part[f"{name}/visits/count"]) for part in counted]
-    table.growth.visits = Visits.any_of(visits).to(layer.seed.device)
+    table.growth.visits = Visits.any_of(visits).to(table.full.keys.device)
 
 
 def _fill(store: RowStore, pieces: list[dict[str, Tensor]]) -> None:
@@ -102,6 +119,10 @@ def _layer_rows(name: str, layer: TreeLinear) -> Iterator[tuple[str, Tensor]]:
     if layer.table is None:
         return
     yield f"{name}/shard_level", torch.tensor(layer.plan.shard_level)
+    yield f"{name}/owner", torch.tensor(layer.plan.owner_S)
+    if layer.subtree_loads is not None:
+        yield f"{name}/loads", layer.subtree_loads.pooled_S
+        yield f"{name}/load_steps", torch.tensor(layer.subtree_loads.num_steps)
     growth = layer.table.growth
     if growth.is_limited:
         yield f"{name}/num_nodes", torch.tensor(growth.num_nodes)

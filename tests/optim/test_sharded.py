@@ -27,6 +27,7 @@ PLACEMENTS: list[tuple[list[int], int, int | None]] = [
     ([0, 12, 0], 3, 2),
     ([3, 3, 3, 3], 2, 1),
     ([0, 5, 7, 0], 4, 2),
+    ([4, 0, 3, 5], 1, None),  # four replicas
     ([6, 6], 1, None),  # replicas alone
     ([6, 6], 2, 0),  # a level without a subtree for every rank: replicated
 ]

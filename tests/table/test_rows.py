@@ -103,6 +103,23 @@ def test_of_new_rows_only_those_stay_that_are_wanted_and_old_ones_all_do() -> No
     assert store.size == 8 and store.num_removals == removals + 1
 
 
+def test_rows_that_are_taken_arrive_whole_elsewhere_and_leave_the_others_whole() -> None:
+    store, other = filled(), filled()
+    other.keep(torch.tensor([False] * 5))
+    whole = {key: (store.data[row].clone(), int(store.state["clock"][row])) for row, key in enumerate(KEYS.tolist())}
+    moved = KEYS[[4, 1]]
+    other.put(store.take(store.find(moved)))
+    for part, keys in ((store, KEYS[[0, 2, 3]]), (other, moved)):
+        assert sorted(part.keys.tolist()) == sorted(keys.tolist())
+        rows = part.find(keys)
+        assert [(part.data[row].tolist(), int(part.state["clock"][row])) for row in rows] == [
+            (whole[key][0].tolist(), whole[key][1]) for key in keys.tolist()
+        ]
+        assert torch.equal(part.state["moment"], 10 * part.data)
+    store.append(moved, None)  # as strangers
+    assert not store.state["moment"][3:].any() and not store.data[3:].any()
+
+
 @pytest.mark.parametrize("calls", [0, 1, 2, 5])
 def test_gradients_of_micro_batches_add_up_per_row_by_ascending_key_and_are_taken_once(calls: int) -> None:
     store, generator = filled(), torch.Generator().manual_seed(calls)

@@ -76,3 +76,30 @@ def test_tokens_travel_only_where_there_is_a_subtree_for_every_rank(depth: int, 
 
 def test_the_shard_level_never_passes_the_depth() -> None:
     assert SubtreePlan.make(2, 2, 20).shard_level == 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_rebalanced_map_is_within_graham_bound_and_never_worse_than_before(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ranks = 2 + seed % 5
+    plan = SubtreePlan.make(12, ranks)
+    load = (1000 * torch.rand(len(plan.owner_S), generator=generator) ** (1 + seed % 7)).long().tolist()
+    new = plan.rebalanced(load)
+    before, after = max(plan.rank_loads(load)), max(new.rank_loads(load))
+    assert sum(new.rank_loads(load)) == sum(load) and after <= before
+    # No map is better than the mean, nor than its largest subtree; Graham's is within 4/3 of the best, kept ones 5% more.
+    assert after <= 1.05 * (4 / 3) * max(sum(load) / ranks, max(load)) + 1
+    assert new.rebalanced(load) == new
+
+
+def test_moves_are_few_and_the_best_ones() -> None:
+    """Loads 20 and 10: subtree 2 closes the gap of 10 best (subtree 4 as well, but it comes later), then subtree 1 that of 2."""
+    plan, load = SubtreePlan(3, 2, 3, (0, 1, 0, 1, 0, 1, 0, 1)), [9, 1, 6, 1, 4, 4, 1, 4]
+    new = plan.rebalanced(load)
+    assert new.owner_S == (0, 0, 1, 1, 0, 1, 0, 1) and new.rank_loads(load) == [15, 15]
+
+
+def test_a_map_without_load_or_without_shards_stays() -> None:
+    plan = SubtreePlan.make(5, 3)
+    assert plan.rebalanced([0] * len(plan.owner_S)) == plan
+    assert SubtreePlan.make(5, 1).rebalanced([1] * len(SubtreePlan.make(5, 1).owner_S)) == SubtreePlan.make(5, 1)

@@ -17,6 +17,7 @@ from tests.helpers import changed, folder_of, run_ranks, small_config, train_run
 TRAINING = {
     *("train/loss", "train/bpb", "train/element_error", "ponder/steps", "ponder/cost", "ponder/remainder"),
     *("tree/leaf_entropy_nats", "tree/load_max_over_mean", "tree/materialized_nodes", "tree/dead_leaves", "tree/capped_pct"),
+    *("tree/rank_load_max_over_mean", "tree/nonfinite_inputs"),
     *("perf/tokens_per_s", "perf/step_ms", "perf/data_wait_pct", "perf/exchange_pct", "mem/rss_gib"),
     *("optim/lr", "optim/grad_norm", "optim/skipped_steps"),
 }

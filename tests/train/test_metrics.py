@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distcond.nn import TreeLinear
 from distcond.nn.model import SUMS
-from distcond.table import Collective
+from distcond.table import Collective, SubtreePlan
 from distcond.train.metrics import is_better, ponder, quality, tree_usage
 from tests.helpers import run_ranks
 from tests.train.foreign import WIDTH, Theirs, start, train
@@ -73,18 +73,26 @@ def usage_of_a_loop(expert_parallel_size: int) -> tuple[dict[str, float], dict[s
     return usage, leaves, nodes
 
 
-def by_hand(leaves: dict[str, list[int]], nodes: dict[str, set[int]]) -> dict[str, float]:
+def by_hand(by_rank: list[dict[str, list[int]]], nodes: dict[str, set[int]], expert_parallel_size: int) -> dict[str, float]:
     """The same figures from every single token and node, mean over layers."""
     rows: list[dict[str, float]] = []
     trees = {name: layer for name, layer in Theirs().named_modules() if isinstance(layer, TreeLinear)}
     for name, layer in trees.items():
-        counts, total = Counter(leaves[name]), len(leaves[name])
+        counts = Counter(leaf for leaves in by_rank for leaf in leaves[name])
+        total = sum(counts.values())
+        plan = SubtreePlan.make(layer.depth, expert_parallel_size if layer.table is not None else 1)
+        served = Counter[int]()
+        for rank, leaves in enumerate(by_rank):
+            block = rank - rank % expert_parallel_size
+            owners = plan.owner(torch.tensor(leaves[name])).tolist() if plan.is_sharded else [rank - block] * len(leaves[name])
+            served.update(block + owner for owner in owners)
         rows.append(
             {
                 "tree/leaf_entropy_nats": -sum(n / total * math.log(n / total) for n in counts.values()),
                 "tree/load_max_over_mean": max(counts.values()) / (total / 2**layer.depth),
                 "tree/dead_leaves": 2**layer.depth - len(counts),
                 "tree/capped_pct": 0.0,
+                "tree/rank_load_max_over_mean": max(served.values()) / (total / len(by_rank)),
             }
         )
     exist = sum(len(nodes[name]) if layer.table is not None else 2 ** (layer.depth + 1) - 1 for name, layer in trees.items())
@@ -94,16 +102,14 @@ def by_hand(leaves: dict[str, list[int]], nodes: dict[str, set[int]]) -> dict[st
 @pytest.mark.parametrize(("world_size", "expert_parallel_size"), [(1, 1), (2, 2), (4, 2)])
 def test_tree_usage_counts_every_token_of_every_rank_once(world_size: int, expert_parallel_size: int) -> None:
     ranks: list[Any] = run_ranks(usage_of_a_loop, world_size, expert_parallel_size)
-    leaves: dict[str, list[int]] = {}
     nodes: dict[str, set[int]] = {}
-    for usage, own_leaves, own_nodes in ranks:
+    for usage, _, own_nodes in ranks:
         assert usage == ranks[0][0]
-        for name, routed in own_leaves.items():
-            leaves.setdefault(name, []).extend(routed)
         for name, held in own_nodes.items():
             nodes.setdefault(name, set()).update(held)
-    nonfinite = 2 * sum(range(1, world_size + 1))
-    assert ranks[0][0] == pytest.approx(by_hand(leaves, nodes) | {"tree/nonfinite_inputs": nonfinite})
+    nonfinite = {"tree/nonfinite_inputs": 2 * sum(range(1, world_size + 1))}
+    expected = by_hand([leaves for _, leaves, _ in ranks], nodes, expert_parallel_size)
+    assert ranks[0][0] == pytest.approx(expected | nonfinite)
 
 
 def test_usage_of_a_forest_is_the_mean_over_its_trees() -> None:
