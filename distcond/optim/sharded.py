@@ -101,13 +101,12 @@ class ShardedRows:
         few more where growth is limited, until the tables are full.
         """
         tables = [(table, layer.plan) for layer in self.layers for table in (layer.table,) if table is not None]
-        collected = [(kind, store, *store.take_gradient()) for table, _ in tables for kind, store in table.stores()]
         self._admissions = admit([(table.growth, plan) for table, plan in tables], self.world, self.expert, self.replica)
         shared: list[_Part] = []
         own: list[_Part] = []
         for (table, plan), admission in zip(tables, self._admissions, strict=True):
             for kind, store in table.stores():
-                _, _, rows_G, grad_GW = collected.pop(0)
+                rows_G, grad_GW = store.take_gradient()
                 whole = _Part(table, kind, store, store.keys[rows_G], grad_GW)
                 if admission is not None:
                     whole.keep((rows_G < store.num_settled) | torch.isin(whole.keys_G, admission.keys_G))

@@ -235,6 +235,12 @@ def test_the_same_nodes_exist_on_any_number_of_ranks(limits: dict[str, Any], cou
     assert torch.equal(first.leaf(x), layers[0].leaf(x))
 
 
+@pytest.mark.parametrize("limits", [{}, *LIMITS[:2]])
+def test_a_step_that_is_not_applied_makes_no_node_on_any_rank(limits: dict[str, Any]) -> None:
+    before, at, after = grow(make(**limits), [7, 5], 2, range(1, 4))[0]
+    assert before == at and before < after
+
+
 @pytest.mark.parametrize("limits", LIMITS[:3])
 def test_a_resume_in_the_middle_of_counting_is_the_uninterrupted_run(limits: dict[str, Any], tmp_path: Path) -> None:
     counts, expert = [3, 0, 4, 5], 2

@@ -62,9 +62,17 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(("make", "stage"), [(small_config, 0), (text_config, 2), (small_config, 3)])
-def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, make: Callable[..., Config], stage: int) -> None:
-    straight, broken = (make(tmp_path, run__name=name, optim__zero_stage=stage, **OPTIONS) for name in ("straight", "broken"))
+GROWS_AND_MOVES = {"model__tree__min_visits": 9, "model__tree__max_nodes": 9, "cluster__rebalance_every": 3}
+
+
+@pytest.mark.parametrize(
+    ("make", "stage", "changes"), [(small_config, 0, {}), (text_config, 2, GROWS_AND_MOVES), (small_config, 3, {})]
+)
+def test_resumed_run_is_the_uninterrupted_one(
+    tmp_path: Path, make: Callable[..., Config], stage: int, changes: dict[str, Any]
+) -> None:
+    options = {"optim__zero_stage": stage, **OPTIONS, **changes}
+    straight, broken = (make(tmp_path, run__name=name, **options) for name in ("straight", "broken"))
     train_run(straight)
     assert run_ranks(crash_here, 2, broken) == ["the cable is out"] * 2
     assert (tmp_path / "broken/checkpoints/latest").read_text() == "step_00000004\n"
@@ -72,6 +80,9 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path, make: Callable[...
     for last in ("step_00000004", "step_00000006"):
         assert digests(tmp_path / "broken/checkpoints" / last) == digests(tmp_path / "straight/checkpoints" / last)
     assert metric_rows(tmp_path / "broken") == metric_rows(tmp_path / "straight")  # the fifth step is there once
+    tables = load_file(tmp_path / "straight/checkpoints/step_00000006/tables_00000_of_00002.safetensors")
+    owners = next(owner.tolist() for name, owner in tables.items() if name.endswith("/owner"))
+    assert (owners != [subtree % 2 for subtree in range(len(owners))]) == bool(changes)
 
 
 def load_here(config: Config) -> tuple[dict[str, dict[int, Tensor]], dict[str, Tensor]]:
