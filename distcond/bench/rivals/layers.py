@@ -27,19 +27,22 @@ class Shape:
     width: int
     depth: int
     "The rival has 2**depth experts."
+    matrices: int = 1
+    """Mixtral's MACs of a token, in matrices of width x width: 1, which is what a merged tree computes, or depth + 1, which is
+    what the path holds."""
 
 
 class DeepSpeedMoE(nn.Module):
     """DeepSpeed's mixture of linear experts, one expert a token, at its default capacity."""
 
-    def __init__(self, width: int, depth: int, num_ranks: int = 1) -> None:
+    def __init__(self, shape: Shape, num_ranks: int = 1) -> None:
         super().__init__()
         from distcond.train.engine import start_process_group
 
         start_process_group()
         from deepspeed.moe.layer import MoE
 
-        self.moe = MoE(width, nn.Linear(width, width), num_experts=2**depth, ep_size=num_ranks, k=1)
+        self.moe = MoE(shape.width, nn.Linear(shape.width, shape.width), 2**shape.depth, num_ranks, k=1)
         self.moe.set_deepspeed_parallelism()
 
     def forward(self, x_TQ: Tensor) -> Tensor:
@@ -50,18 +53,19 @@ class DeepSpeedMoE(nn.Module):
 class Mixtral(nn.Module):
     """The sparse block of Mixtral in transformers, two experts a token, by grouped products.
 
-    An expert has three matrices of width x hidden; two of them at hidden = width / 6 take as many MACs as one matrix.
+    An expert has three matrices of width x hidden; two experts with hidden = width / 6 take as many MACs as one matrix.
     """
 
-    def __init__(self, width: int, depth: int) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
         from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
 
-        config = MixtralConfig(hidden_size=width, intermediate_size=width // 6, num_local_experts=2**depth, num_experts_per_tok=2)
+        sizes = {"hidden_size": shape.width, "intermediate_size": shape.matrices * shape.width // 6}
+        config = MixtralConfig(**sizes, num_local_experts=2**shape.depth, num_experts_per_tok=2)
         config._experts_implementation = "grouped_mm"
         self.block = MixtralSparseMoeBlock(config)
         for parameter in self.block.parameters():
-            nn.init.normal_(parameter, std=width**-0.5)
+            nn.init.normal_(parameter, std=shape.width**-0.5)
 
     def forward(self, x_TQ: Tensor) -> Tensor:
         """[T, Q] -> [T, Q]."""
@@ -71,11 +75,11 @@ class Mixtral(nn.Module):
 class FastFeedforward(nn.Module):
     """fastfeedforward's FFF with leaves of two matrices of width x width / 2: as many MACs as one matrix."""
 
-    def __init__(self, width: int, depth: int) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
         from fastfeedforward import FFF
 
-        self.layer = FFF(width, width // 2, width, depth)
+        self.layer = FFF(shape.width, shape.width // 2, shape.width, shape.depth)
 
     def forward(self, x_TQ: Tensor) -> Tensor:
         """[T, Q] -> [T, Q]."""
@@ -84,7 +88,15 @@ class FastFeedforward(nn.Module):
 
 QUICK = Shape(tokens=64, width=48, depth=3)
 DEEPSPEED_MOE, DEEPSPEED_SHAPES = "DeepSpeed MoE", [Shape(256, 64, 10), Shape(2048, 128, 10)]
-MIXTRAL, MIXTRAL_SHAPES = "Mixtral block, grouped_mm", [Shape(256, 192, 8), Shape(2048, 192, 8), Shape(8192, 384, 8)]
+MIXTRAL, MIXTRAL_SHAPES = (
+    "Mixtral block, grouped_mm",
+    [
+        Shape(256, 192, 8),
+        Shape(2048, 192, 8),
+        Shape(2048, 192, 8, matrices=9),
+        Shape(8192, 384, 8),
+    ],
+)
 FAST_FEEDFORWARD, FAST_FEEDFORWARD_SHAPES = "fastfeedforward", [Shape(256, 64, 8)]
 
 
@@ -107,10 +119,10 @@ def against_fast_feedforward(quick: bool) -> Iterator[Row]:
     yield from _against(FAST_FEEDFORWARD, FastFeedforward, [QUICK] if quick else FAST_FEEDFORWARD_SHAPES)
 
 
-def _against(name: str, make: Callable[[int, int], nn.Module], shapes: Sequence[Shape]) -> Iterator[Row]:
+def _against(name: str, make: Callable[[Shape], nn.Module], shapes: Sequence[Shape]) -> Iterator[Row]:
     for shape in shapes:
         torch.manual_seed(0)
-        rival, tree = make(shape.width, shape.depth), _tree(shape)
+        rival, tree = make(shape), _tree(shape)
         x, grad = torch.randn(shape.tokens, shape.width), torch.randn(shape.tokens, shape.width)
         for passes, step in (("forward, backward", _passes), ("forward, backward, update", _update)):
             times = time_in_turn({"rival": step(rival, x, grad), "tree": step(tree, x, grad)})
@@ -125,6 +137,7 @@ def _row(name: str, shape: Shape, num_ranks: int, passes: str, times: dict[str, 
         "tokens a rank": shape.tokens,
         "width": shape.width,
         "experts, leaves": 2**shape.depth,
+        "MACs / width^2": shape.matrices,
         "ms": times["rival"].median,
         "from": times["rival"].low,
         "to": times["rival"].high,
@@ -171,7 +184,7 @@ def time_on_two_ranks(shape: Shape) -> dict[str, Timing]:
     """Forward and backward of both layers, sharded over the ranks of the group: a rank's work."""
     torch.manual_seed(0)
     collective = Collective()
-    rival, tree = DeepSpeedMoE(shape.width, shape.depth, collective.size), _tree(shape)
+    rival, tree = DeepSpeedMoE(shape, collective.size), _tree(shape)
     tree.shard(SubtreePlan.make(shape.depth, collective.size), collective)
     torch.manual_seed(1 + collective.rank)
     x, grad = torch.randn(shape.tokens, shape.width), torch.randn(shape.tokens, shape.width)
