@@ -14,6 +14,9 @@ from distcond.nn.tree import TreeLinear
 from distcond.optim.row_adam import RowAdam, add_state
 from distcond.table import Admission, Collective, NodeTable, RowStore, SubtreeLoads, SubtreePlan, admit, move_subtrees
 
+SQUARE_NUMBERS = 2**15
+"Numbers whose double precision copy stays in a processor's cache while a norm is summed."
+
 
 @dataclass(slots=True)
 class _Part:
@@ -117,8 +120,9 @@ class ShardedRows:
         self._sum_over(self.world, shared)
         self._sum_over(self.replica, own)
         self._updates = [*shared, *own]
-        for part in self._updates:
-            part.grad_GW /= self.world.size
+        if self.world.size > 1:
+            for part in self._updates:
+                part.grad_GW /= self.world.size
         # Every replica counts its own rows, so that one sum over the world serves the norm and the statistics.
         sums = [_square(own) / self.replica.size, *(gate.take_statistics().cpu() for gate in self._gates())]
         norm, *self._statistics = self.world.sum_(torch.cat(sums)).split([len(part) for part in sums])
@@ -148,8 +152,9 @@ class ShardedRows:
         self.optimizer.lr = lr
         for table, admission in zip(self.optimizer.tables(), self._admissions, strict=True):
             table.settle(admission)
-        for part in self._updates:
-            part.grad_GW.mul_(scale)
+        if scale != 1.0:
+            for part in self._updates:
+                part.grad_GW.mul_(scale)
         self.optimizer.step_rows([part.update() for part in self._updates])
         for gate, statistics in zip(self._gates(), self._statistics, strict=True):
             gate.commit(statistics)
@@ -185,5 +190,10 @@ def _square(parts: list[_Part]) -> Tensor:
     """Squared norm of the gradients, float64 [1] on the CPU."""
     total = torch.zeros(1, dtype=torch.float64)
     for part in parts:
-        total += part.grad_GW.double().square().sum().cpu()
+        flat = part.grad_GW.flatten()
+        square = torch.zeros((), dtype=torch.float64, device=flat.device)
+        for block in flat.split(SQUARE_NUMBERS if flat.device.type == "cpu" else max(1, len(flat))):
+            double = block.double()
+            square += torch.dot(double, double)
+        total += square.cpu()
     return total
