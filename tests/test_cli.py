@@ -198,7 +198,7 @@ def test_tab_completes_in_a_real_bash(tmp_path: Path) -> None:
         ("distcond bench ", "tree table exchange train"),
         ("distcond bench tree --", "--json --kernels --quick --help"),
         ("distcond bench table --", "--json --kernels --quick --large --help"),
-        ("distcond train model=", "model=rnn model=transformer"),
+        ("distcond train model=", "model=mlp model=rnn model=transformer"),
         ("distcond submit sweep model.tree.de", "model.tree.depth="),
         ("distcond submit ", "train sweep"),
         ("distcond train --config-dir {own} data=mi", "data=mine"),

@@ -90,7 +90,7 @@ def test_interpolations_are_resolved() -> None:
         ("model.tree.min_visits=0", "model.tree.min_visits=0 is below 1; use 1 or more."),
         ("model.tree.max_nodes=0", "model.tree.max_nodes=0 is below 1; the root of a tree always exists"),
         ("cluster.rebalance_every=0", "cluster.rebalance_every=0 is below 1; use 1 or more, or null for never."),
-        ("model=trasformer", "no model/trasformer.yaml; model has rnn, transformer; did you mean transformer?"),
+        ("model=trasformer", "no model/trasformer.yaml; model has mlp, rnn, transformer; did you mean transformer?"),
         ("model.tree.depth=1,2", "model.tree.depth=1,2: needed is one value"),
         ("model.tree.depth=range(1,3)", "a search over values is `distcond sweep`."),
         ("parity", "'parity' is not an override; write key=value"),
@@ -154,7 +154,7 @@ def test_own_files_are_found_beside_the_shipped_ones(tmp_path: Path) -> None:
         (
             "experiment",
             "# @package _global_\ndefaults:\n  - override /model: rn\n",
-            "model=rn: there is no model/rn.yaml; model has rnn, transformer; did you mean rnn?",
+            "model=rn: there is no model/rn.yaml; model has mlp, rnn, transformer; did you mean rnn?",
         ),
         ("experiment", "# @package _global_\ndefaults: [nope]\n", "there is no experiment/nope.yaml"),
     ],

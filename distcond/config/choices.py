@@ -8,6 +8,7 @@ class ModelName(StrEnum):
 
     transformer = "transformer"
     rnn = "rnn"
+    mlp = "mlp"
 
 
 class CellName(StrEnum):

@@ -87,15 +87,17 @@ class ModelConfig:
     """A model; both research axes, `tree` and `halting`, are part of every one."""
 
     name: ModelName = ModelName.transformer
-    "transformer: one weight-tied causal block over bytes. rnn: a recurrent cell."
+    "transformer: a weight-tied causal block over bytes. rnn: a recurrent cell. mlp: a residual block over bytes or vectors."
     width: int = 128
-    "Size of the state of a position (transformer) or of the recurrent state (rnn); >= 1."
+    "Size of the state of a position (transformer, mlp) or of the recurrent state (rnn); >= 1."
     heads: int = 4
     "Attention heads; divides width (transformer)."
     feed_forward: int = 512
     "Hidden units of the feed-forward part, whose first matrix is the tree (transformer); >= 1."
     cell: CellName = CellName.tanh
     "Recurrent cell, whose matrix is the tree (rnn)."
+    window: int = 16
+    "Bytes that a prediction is made from (mlp on text); >= 1."
     tree: TreeConfig = field(default_factory=TreeConfig)
     "The tree of weights."
     halting: HaltingConfig = field(default_factory=HaltingConfig)
@@ -106,11 +108,13 @@ class ModelConfig:
         """Outputs of the layer that is a tree."""
         if self.name == ModelName.transformer:
             return self.feed_forward
-        return 4 * self.width if self.cell == CellName.lstm else self.width
+        is_lstm = self.name == ModelName.rnn and self.cell == CellName.lstm
+        return 4 * self.width if is_lstm else self.width
 
     def __post_init__(self) -> None:
         need(self.width >= 1, f"model.width={self.width} is below 1; use 1 or more.")
         need(self.feed_forward >= 1, f"model.feed_forward={self.feed_forward} is below 1; use 1 or more.")
+        need(self.window >= 1, f"model.window={self.window} is below 1; use 1 or more.")
         need(
             self.name != ModelName.transformer or (self.heads >= 1 and self.width % self.heads == 0),
             f"model.width={self.width} is not divisible by model.heads={self.heads}; use a number of heads that divides it.",

@@ -67,7 +67,7 @@ class Config:
         is_text = self.data.name in {DataName.stdlib, DataName.text, DataName.hf}
         need(
             (self.model.name == ModelName.transformer) <= is_text,
-            f"model=transformer reads bytes, but data={self.data.name} gives vectors; use model=rnn.",
+            f"model=transformer reads bytes, but data={self.data.name} gives vectors; use model=rnn or model=mlp.",
         )
 
 

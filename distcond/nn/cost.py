@@ -6,6 +6,7 @@ Legend: P out, Q in, t trees, K depth, F full_depth, r rank.
 from dataclasses import dataclass
 
 from distcond.config import GateGradient, GateName, ModelConfig, ModelName, TreeConfig
+from distcond.nn.mlp import EMBEDDING
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ def tree_cost(in_features: int, out_features: int, tree: TreeConfig) -> TreeCost
     )
 
 
-def model_cost(config: ModelConfig, *, input_size: int, output_size: int, length: int) -> ModelCost:
+def model_cost(config: ModelConfig, *, is_text: bool, input_size: int, output_size: int, length: int) -> ModelCost:
     """Cost of a model on sequences of `length`; attention counts the mean of (length + 1) / 2 visible positions."""
     width = config.width
     halting = width + 1 if config.halting.kind == "act" else 0
@@ -68,6 +69,11 @@ def model_cost(config: ModelConfig, *, input_size: int, output_size: int, length
         dense += 256 * width + 256
         per_step = attention + width * (length + 1) + tree.macs + config.feed_forward * width + width
         per_position = 256 * width
+    elif config.name == ModelName.mlp:
+        tree = tree_cost(width, config.tree_outputs, config.tree)
+        inputs = config.window * EMBEDDING if is_text else input_size
+        dense = (256 * EMBEDDING if is_text else 0) + width * (inputs + 1) + 3 * width + output_size * (width + 1)
+        per_step, per_position = tree.macs + width, width * (inputs + output_size)
     else:
         tree = tree_cost(input_size + 1 + width, config.tree_outputs, config.tree)
         dense = output_size * (width + 1)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from distcond.config import CellName, HaltingConfig, HaltingKind, ModelConfig, ModelName, TreeConfig
 from distcond.nn.halting import AdaptiveComputation, FixedComputation, PonderStats
 from distcond.nn.linear import TreeOptions
+from distcond.nn.mlp import ResidualCell, VectorMLP, WindowMLP
 from distcond.nn.recurrent import LSTMCell, Recurrent, TanhCell
 from distcond.nn.transformer import Block, Transformer
 
@@ -71,6 +72,12 @@ def build_learner(config: ModelConfig, *, is_text: bool, input_size: int, output
         block = Block(config.width, config.heads, config.feed_forward, tree)
         ponder = _ponder(block, config.width, config.halting)
         body: nn.Module = Transformer(block, ponder, config.width)
+    elif config.name == ModelName.mlp:
+        ponder = _ponder(ResidualCell(config.width, tree), config.width, config.halting)
+        if is_text:
+            body = WindowMLP(ponder, config.width, config.window)
+        else:
+            body = VectorMLP(ponder, input_size, config.width, output_size)
     else:
         cell = (LSTMCell if config.cell == CellName.lstm else TanhCell)(input_size + 1, config.width, tree)
         ponder = _ponder(cell, config.width, config.halting)

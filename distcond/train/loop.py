@@ -72,7 +72,7 @@ def make_hooks(run: Run, task: Task, settings: dict[str, Any]) -> list[Hook]:
         run_id = f"{name}-{hashlib.sha256(str(folder.path).encode()).hexdigest()[:8]}"
         tracker = Tracker(folder.path, settings, tracking.mode.value, tracking.project, tracking.group, name, run_id, run.step)
     sizes = {"input_size": task.input_size, "output_size": task.output_size, "length": task.max_length}
-    cost = model_cost(config.model, **sizes)
+    cost = model_cost(config.model, is_text=task.kind == "bytes", **sizes)
     hooks: list[Hook] = [
         StopHook(),
         LogHook(tracker, cost, peak_tflops(config.train)),

@@ -68,8 +68,8 @@ def _limit(config: Config) -> str:
 
 def cost_of(config: Config) -> ModelCost:
     """Closed-form cost of a configuration's model on its data."""
-    input_size, output_size, length = _sizes(config.data)
-    return model_cost(config.model, input_size=input_size, output_size=output_size, length=length)
+    is_text, input_size, output_size, length = _sizes(config.data)
+    return model_cost(config.model, is_text=is_text, input_size=input_size, output_size=output_size, length=length)
 
 
 def _fullest_rank(config: Config, cost: ModelCost, plan: SubtreePlan) -> int:
@@ -94,11 +94,11 @@ def _parameters_to(config: Config, depth: int) -> int:
     return cost.dense_parameters + cost.node_parameters
 
 
-def _sizes(data: DataConfig) -> tuple[int, int, int]:
+def _sizes(data: DataConfig) -> tuple[bool, int, int, int]:
     if data.name in {DataName.parity, DataName.logic}:
         task = parity(data.num_bits) if data.name == DataName.parity else logic(data.max_length, data.max_gates)
-        return task.input_size, task.output_size, task.max_length
-    return 256, 256, data.context
+        return False, task.input_size, task.output_size, task.max_length
+    return True, 256, 256, data.context
 
 
 def _dense_bytes(config: Config, cost: ModelCost) -> float:

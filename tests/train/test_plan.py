@@ -26,6 +26,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"cluster__num_workers": 2, "model__tree__depth": 4, "cluster__shard_level": 3},
     {"cluster__num_workers": 2, "model__tree__depth": 4, "model__tree__num_trees": 4},
     {"cluster__num_workers": 2, "model__tree__num_trees": 16, "model__tree__gate": "sign", "model__tree__depth": 1},
+    {"model__name": "mlp", "model__window": 5},
 ]
 
 

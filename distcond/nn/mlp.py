@@ -1,0 +1,89 @@
+"""Feed-forward models whose one residual block ponders: bytes from a fixed window before them, vectors on their own.
+
+Legend: B sequences, T positions, R rows (positions) still running of B x T, W bytes in the window, E numbers a byte,
+D width, V vocabulary, I input features, O outputs.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from distcond.nn.halting import PonderStats
+from distcond.nn.linear import TreeOptions, make_linear
+from distcond.nn.transformer import VOCABULARY
+
+EMBEDDING = 16
+"Numbers that a byte of the window is embedded as."
+
+
+class ResidualCell(nn.Module):
+    """s' = s + W gelu(norm(s)) + b, where W may be a tree; the cell of the ponder steps. A row's first step has a bias more."""
+
+    def __init__(self, width: int, tree: TreeOptions) -> None:
+        super().__init__()
+        self.first_step = nn.Linear(1, width, bias=False)
+        self.norm = nn.RMSNorm(width)
+        self.linear = make_linear(width, width, tree)
+
+    def forward(self, x: Tensor, state: Tensor, rows: Tensor) -> Tensor:
+        """x [R, 1], the first-step flag; state [R, D] -> state [R, D]."""
+        state = state + self.first_step(x)
+        hidden = nn.functional.gelu(self.norm(state), approximate="tanh")
+        changed: Tensor = self.linear(hidden)
+        return state + changed
+
+
+class Head(nn.Module):
+    """Logits of a state."""
+
+    def __init__(self, width: int, output_size: int) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.RMSNorm(width), nn.Linear(width, output_size)
+
+    def forward(self, state: Tensor) -> Tensor:
+        """[R, D] -> [R, O]."""
+        logits: Tensor = self.linear(nn.functional.gelu(self.norm(state), approximate="tanh"))
+        return logits
+
+
+class WindowMLP(nn.Module):
+    """Next-byte logits from the `window` bytes up to a position; before the start of a sequence they are vectors of zeros.
+
+    ponder: `AdaptiveComputation` or `FixedComputation` around a `ResidualCell`.
+    """
+
+    def __init__(self, ponder: nn.Module, width: int, window: int) -> None:
+        super().__init__()
+        self.window, self.ponder = window, ponder
+        self.embedding = nn.Embedding(VOCABULARY, EMBEDDING)
+        self.input = nn.Linear(window * EMBEDDING, width)
+        self.head = Head(width, VOCABULARY)
+
+    def forward(self, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, PonderStats]:
+        """Bytes [B, T] -> logits [B, T, V] and the stats of all B x T positions; lengths are not needed here."""
+        padded_BTE = nn.functional.pad(self.embedding(inputs.long()), (0, 0, self.window - 1, 0))
+        state = self.input(padded_BTE.unfold(1, self.window, 1).flatten(2)).flatten(0, 1)
+        mean, stats = self.ponder(state.new_empty(len(state), 0), state)
+        return self.head(mean).view(*inputs.shape, VOCABULARY), stats
+
+
+class VectorMLP(nn.Module):
+    """Logits of each vector of a sequence, whatever stands before it; ponder as in `WindowMLP`."""
+
+    def __init__(self, ponder: nn.Module, input_size: int, width: int, output_size: int) -> None:
+        super().__init__()
+        self.ponder = ponder
+        self.input, self.head = nn.Linear(input_size, width), Head(width, output_size)
+
+    def forward(self, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, PonderStats]:
+        """Vectors [B, T, I], lengths int64 [B] -> logits [B, T, O] and stats summed over time, per sequence [B].
+
+        Logits beyond a sequence's length are zeros: nothing is computed for them.
+        """
+        batch, length, _ = inputs.shape
+        sequence, time = (torch.arange(length, device=lengths.device) < lengths[:, None]).nonzero(as_tuple=True)
+        state = self.input(inputs[sequence, time])
+        mean, stats = self.ponder(state.new_empty(len(state), 0), state)
+        logits_RO = self.head(mean)
+        logits = logits_RO.new_zeros(batch, length, logits_RO.shape[1]).index_put((sequence, time), logits_RO)
+        parts = (stats.steps, stats.remainder, stats.ponder_cost)
+        return logits, PonderStats(*(part.new_zeros(batch).index_add(0, sequence, part) for part in parts))
