@@ -14,7 +14,13 @@ from tests.thread_ranks import Groups
 from tests.trees import tokens
 
 DEPTH, BATCH, STEPS = 6, 24, 8
-PLACEMENTS: list[tuple[list[int], int]] = [([11, 13], 2), ([5, 0, 12, 7], 2), ([5, 0, 12, 7], 4)]
+LIMITS = {"min_visits": 5, "max_nodes": 40}
+PLACEMENTS: list[tuple[list[int], int, dict[str, int]]] = [
+    ([11, 13], 2, {}),
+    ([5, 0, 12, 7], 2, LIMITS),
+    ([5, 0, 12, 7], 4, {"num_trees": 2}),
+    ([5, 0, 12, 7], 4, LIMITS),
+]
 # float64: sums over ranks in another order, 1e-16, through Adam's quotients.
 CLOSE = {"rtol": 0, "atol": 1e-10}
 
@@ -77,8 +83,7 @@ def rows_of(layer: TreeLinear) -> dict[tuple[str, int], dict[str, Tensor]]:
     }
 
 
-@pytest.mark.parametrize("limits", [{}, {"min_visits": 5, "max_nodes": 40}])
-@pytest.mark.parametrize(("counts", "expert"), PLACEMENTS)
+@pytest.mark.parametrize(("counts", "expert", "limits"), PLACEMENTS)
 def test_a_run_that_rebalances_is_the_run_that_does_not(counts: list[int], expert: int, limits: dict[str, Any]) -> None:
     still, moving = (train(make(**limits), counts, expert, range(STEPS), every=every) for every in (None, 2))
     assert len(set(still["plans"])) == 1 and len(set(moving["plans"])) > 1
@@ -101,7 +106,7 @@ def test_busiest_rank_serves_less_of_skewed_data_once_the_map_was_made_from_visi
     assert before > 1.9 and after < 0.8 * before, (before, after)  # seen: 2.04 and 1.50
 
 
-@pytest.mark.parametrize("stop", [3, 4, 5])
+@pytest.mark.parametrize("stop", [4, 5])
 def test_a_resume_between_rebalancings_is_the_uninterrupted_run(stop: int, tmp_path: Path) -> None:
     counts, expert, limits = [5, 0, 12, 7], 2, {"min_visits": 3}
     straight = train(make(**limits), counts, expert, range(STEPS), every=2)
@@ -114,6 +119,6 @@ def test_a_resume_between_rebalancings_is_the_uninterrupted_run(stop: int, tmp_p
         mine, theirs = rows_of(one), rows_of(other)
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(value, theirs[node][name]) for node, values in mine.items() for name, value in values.items())
-    for others, size in (([BATCH], 1), ([11, 13], 2), ([6, 6, 6, 6], 4)):
+    for others, size in (([BATCH], 1), ([6, 6, 6, 6], 4)):
         moved = train(make(**limits), others, size, range(stop, STEPS), every=2, load=tmp_path)
         torch.testing.assert_close(moved["outputs"], straight["outputs"][stop:], **CLOSE)
