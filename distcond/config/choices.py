@@ -32,6 +32,8 @@ class GateGradient(StrEnum):
     straight_through = "straight_through"
     sampled = "sampled"
     magnitude = "magnitude"
+    flip = "flip"
+    flip_sampled = "flip_sampled"
     none = "none"
 
 

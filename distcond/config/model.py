@@ -21,7 +21,8 @@ class TreeConfig:
     gate: GateName = GateName.linear
     "linear: K learned gating units a tree. hash: K fixed random hyperplanes (the control). sign: the layer's first inputs."
     gate_gradient: GateGradient = GateGradient.straight_through
-    "straight_through: gates learn as if a bit were t = tanh|g|. sampled: one full level a step. magnitude: levels times t. none."
+    """How gates learn. straight_through: as if a bit were t = tanh|g|; sampled: of full levels one a step. flip: from what
+    the other bit would have given; flip_sampled: one level a step. magnitude: levels are multiplied by t. none: not at all."""
     storage: Storage = Storage.lazy
     "lazy: nodes exist once data reached them, sharded over ranks. host: lazy, in host memory. dense: parameters, all exist."
     min_visits: int = 1

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from distcond.nn.gate_gradients import flip_levels, learn_from_flips, product_levels, soft_bits
 from distcond.nn.gates import Gate, leaf_index
 from distcond.nn.tree_input import as_rows, count_nonfinite
 from distcond.nn.tree_nodes import dense_node
@@ -34,6 +35,8 @@ class TreeLinear(nn.Module):
     gate_gradient: "straight_through": level l's contribution is multiplied by 1 + t - stopgrad(t), t = tanh|g_l|;
         "sampled": the same, but of the full levels one a step, in turn, times their number: right on average, and it spares
         a product for each of them (low-rank levels have theirs at hand);
+        "flip": as if the output moved with tanh(g_l) / 2 from what it is to what it were with bit l flipped and the bits
+        below it as they are; one more forward product a level. "flip_sampled": of one level a step, in turn, times depth.
         "magnitude": level l's contribution is multiplied by tanh|g_l| itself, an ordinary gradient: the layer is continuous
         in its gates, but no longer one matrix a leaf; "none": the gates do not learn.
     storage: "dense": `nn.Parameter`s of all nodes, any torch optimiser trains them. "lazy": rows that are born with
@@ -128,10 +131,18 @@ class TreeLinear(nn.Module):
             if not _is_recomputing():
                 self._nonfinite = self._nonfinite + count_nonfinite(gates_TMK.flatten(1))
             leaf_V = (leaf_index(gates_TMK > 0) + (self._trees() << self.depth)).flatten()
-            soft_VK = self._soft_bits(gates_TMK).flatten(0, 1)
+            soft_VK = soft_bits(self.gate_gradient, gates_TMK, self.full_depth).flatten(0, 1)
             nodes = self._parameters_of_nodes() if self.table is None else (anchor(x_TQ),)
             statistics = self.gate.statistics(gates_TMK.flatten(1)) if self.gate is not None and self.training else None
-            y_VP: Tensor = TreeProduct.apply(self, statistics, x_TQ, soft_VK, leaf_V, *nodes)  # type: ignore[no-untyped-call]
+
+            def output_of(leaf_V: Tensor) -> Tensor:
+                y_VP: Tensor = TreeProduct.apply(self, statistics, x_TQ, soft_VK, leaf_V, *nodes)  # type: ignore[no-untyped-call]
+                return y_VP
+
+            y_VP = output_of(leaf_V)
+            if torch.is_grad_enabled() and gates_TMK.requires_grad:
+                flips = flip_levels(self.gate_gradient, self.depth, self._turn())
+                y_VP = learn_from_flips(y_VP, gates_TMK.flatten(0, 1), leaf_V, flips, output_of)
         return y_VP.reshape(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
@@ -273,15 +284,6 @@ class TreeLinear(nn.Module):
         gates_TMK: Tensor = self.gate(x_TQ).unflatten(1, (self.num_trees, self.depth))
         return gates_TMK
 
-    def _soft_bits(self, gates: Tensor) -> Tensor:
-        """t of `gate_gradient`, of the same shape, of which the gradient alone is used unless levels are scaled by it."""
-        if self.gate_gradient == "none":
-            return gates.detach()
-        soft, full = gates.abs().tanh(), self.full_depth
-        if self.gate_gradient == "sampled" and full > 1:
-            soft = torch.cat([soft[..., :full] * full, soft[..., full:]], dim=-1)
-        return soft
-
     def _before_forward(self) -> None:
         if not (self.training and torch.is_grad_enabled()) or _is_recomputing():
             return
@@ -295,13 +297,13 @@ class TreeLinear(nn.Module):
         self._backward_seen = False
 
     def gate_levels(self) -> list[int]:
-        """Levels whose gates learn from this pass, ascending."""
-        if self.gate_gradient not in {"straight_through", "sampled"} or self.gate is None:
-            return []
-        full = list(range(1, self.full_depth + 1))
-        if self.gate_gradient == "sampled" and full:  # the same level on all ranks, and after a restart
-            full = [full[(int(self.seed) + int(self.gate.num_commits)) % len(full)]]
-        return [*full, *range(self.full_depth + 1, self.depth + 1)]
+        """Levels whose gates learn from this pass through the product, ascending."""
+        return product_levels(self.gate_gradient, self.depth, self.full_depth, self._turn())
+
+    def _turn(self) -> int:
+        """A number that counts steps, the same on all ranks and after a restart."""
+        is_needed = self.gate is not None and self.gate_gradient in {"sampled", "flip_sampled"}
+        return int(self.seed) + int(self.gate.num_commits) if self.gate is not None and is_needed else 0
 
     def note_backward(self, path: TreePath, loads: Visits, statistics: Tensor | None) -> None:
         """Record what a backward pass reached: once for each forward, however often that is computed again."""

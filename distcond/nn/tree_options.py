@@ -1,9 +1,9 @@
 """What a `TreeLinear` may be made of."""
 
 from distcond.config.check import nearest_divisors
+from distcond.nn.gate_gradients import GATE_GRADIENTS
 
 STORAGES = ("dense", "lazy", "host")
-GATE_GRADIENTS = ("straight_through", "sampled", "magnitude", "none")
 
 
 def check_options(

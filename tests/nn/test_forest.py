@@ -117,7 +117,7 @@ def trees_of(forest: TreeLinear, **options: Any) -> list[TreeLinear]:
 
 @pytest.mark.parametrize("options", FORESTS)
 @pytest.mark.parametrize("gate", ["linear", "hash", "sign"])
-@pytest.mark.parametrize("gate_gradient", ["straight_through", "sampled", "magnitude", "none"])
+@pytest.mark.parametrize("gate_gradient", ["straight_through", "sampled", "magnitude", "flip", "none"])
 @pytest.mark.parametrize("storage", ["dense", "lazy"])
 def test_a_forest_is_as_many_layers_of_one_tree(storage: str, gate_gradient: str, gate: str, options: dict[str, Any]) -> None:
     """Forward, and the gradients of input, gates and every node."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from distcond.nn import TreeLinear
+from distcond.nn.tree_product import TreeProduct
 from distcond.optim import RowAdam
 from tests.trees import nodes_of, path, random_tree, tokens
 
@@ -48,7 +49,8 @@ def test_without_a_gate_gradient_the_gates_do_not_learn(storage: str) -> None:
 def surrogate(layer: TreeLinear, x: Tensor, gate_weight: Tensor) -> Tensor:
     """sum_l (1 + t_l - stopgrad(t_l)) (U_l x + c_l), t_l = tanh|g_l|, token by token; the root carries no factor.
 
-    With `magnitude`, sum_l t_l (U_l x + c_l).
+    With `magnitude`, sum_l t_l (U_l x + c_l). With `flip`, levels carry no factor, and for each bit is added
+    (s_l - stopgrad(s_l)) (W(b') x + c(b') - W(b) x - c(b)), s_l = tanh(g_l) / 2 towards the other value of the bit.
     """
     matrices, biases = nodes_of(layer)
     assert layer.gate is not None
@@ -58,16 +60,21 @@ def surrogate(layer: TreeLinear, x: Tensor, gate_weight: Tensor) -> Tensor:
         root, *nodes = path(leaf, layer.depth)
         y = matrices[root] @ token + biases[root]
         for t, node in zip(gate.abs().tanh(), nodes, strict=True):
-            factor = t if layer.gate_gradient == "magnitude" else 1 + t - t.detach()
+            factor = {"magnitude": t, "flip": t * 0 + 1}.get(layer.gate_gradient, 1 + t - t.detach())
             y = y + factor * (matrices[node] @ token + biases[node])
         outputs.append(y)
+        for bit in range(layer.depth if layer.gate_gradient == "flip" else 0):
+            others = path(leaf ^ (1 << (layer.depth - 1 - bit)), layer.depth)
+            other = sum(matrices[node] @ token + biases[node] for node in others)
+            s = gate[bit].tanh() / 2 * (-1 if gate[bit] > 0 else 1)
+            outputs[-1] = outputs[-1] + (s - s.detach()) * (other - y).detach()
     return torch.stack(outputs)
 
 
 @pytest.mark.parametrize("options", SHAPES)
 @pytest.mark.parametrize("storage", ["dense", "lazy"])
 @pytest.mark.parametrize("gate", ["linear", "hash", "sign"])
-@pytest.mark.parametrize("gate_gradient", ["straight_through", "magnitude"])
+@pytest.mark.parametrize("gate_gradient", ["straight_through", "magnitude", "flip"])
 def test_gradient_and_output_are_those_of_the_formula(
     gate_gradient: str, gate: str, storage: str, options: dict[str, Any]
 ) -> None:
@@ -116,6 +123,35 @@ def test_with_magnitude_the_layer_is_continuous_where_the_last_bit_flips() -> No
     torch.testing.assert_close(below, above, rtol=0, atol=1e-7)  # 2e-9 times slopes below 10
     jump = random_tree(3, gate="sign", sizes=(3, 2))(x)
     assert (jump[0] - jump[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("options", SHAPES)
+def test_one_flip_a_step_takes_the_levels_in_turn_and_is_all_of_them_on_average(options: dict[str, Any]) -> None:
+    grads: dict[str, list[tuple[Tensor, Tensor]]] = {"flip": [], "flip_sampled": []}
+    for gate_gradient, found in grads.items():
+        layer = random_tree(4, gate_gradient=gate_gradient, **options).eval()  # which keeps the thresholds
+        assert layer.gate is not None
+        for commits in range(4):
+            layer.gate.num_commits.fill_(commits)
+            x, layer.gate.weight.grad = tokens(12).requires_grad_(), None
+            layer(x).square().sum().backward()
+            assert x.grad is not None
+            found.append((x.grad, layer.gate.weight.grad))
+    learning = torch.stack([planes.abs().amax(1) > 0 for _, planes in grads["flip_sampled"]])
+    assert learning.sum(0).tolist() == learning.sum(1).tolist() == [1, 1, 1, 1]
+    for full, one in zip(zip(*grads["flip"], strict=True), zip(*grads["flip_sampled"], strict=True), strict=True):
+        torch.testing.assert_close(torch.stack(one).mean(0), full[0], **EXACT)
+
+
+def test_nothing_is_flipped_where_nothing_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, products = random_tree(3, gate_gradient="flip"), []
+    apply = TreeProduct.apply
+    monkeypatch.setattr(TreeProduct, "apply", lambda *inputs: products.append(1) or apply(*inputs))
+    layer(tokens(5))
+    assert len(products) == 4
+    with torch.no_grad():
+        layer(tokens(5))
+    assert len(products) == 5
 
 
 @pytest.mark.parametrize("options", SHAPES)

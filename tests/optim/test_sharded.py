@@ -20,6 +20,7 @@ SHAPES: list[dict[str, Any]] = [
     {"full_depth": 2, "rank": 1, "gate_gradient": "magnitude"},
     {"full_depth": 1, "rank": 2, "num_trees": 3},
     {"num_trees": 2, "bias": False, "gate_gradient": "magnitude"},
+    {"num_trees": 2, "full_depth": 1, "rank": 1, "gate_gradient": "flip"},
 ]
 PLACEMENTS: list[tuple[list[int], int, int | None]] = [
     ([5, 7], 2, None),  # tokens per rank, expert-parallel size, shard level

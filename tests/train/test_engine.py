@@ -131,6 +131,7 @@ UNEVEN = {
     "halting, dense tree, ZeRO 0": uneven("halting", 0, model__tree__storage="dense"),
     "hash gates": case(model__tree__gate="hash"),
     "levels scaled by their gates": case(1, model__tree__gate_gradient="magnitude"),
+    "gates learn from flips": case(1, model__tree__gate_gradient="flip_sampled"),
     "no gate gradient, ZeRO 0": case(0, model__tree__gate_gradient="none"),
     "no gate gradient, ZeRO 3": case(3, model__tree__gate_gradient="none"),
     "fixed steps": case(2, model__halting__kind="fixed"),
