@@ -1,4 +1,4 @@
-"""The one module that knows DeepSpeed: node tables beside a DeepSpeed engine, and the dense part as plain tensors.
+"""The engine, which with deepspeed_start.py alone knows DeepSpeed: node tables beside it, the dense part as plain tensors.
 
 DeepSpeed trains the ordinary parameters (ZeRO 0 to 3). The lazy node tables live outside it, on its expert-parallel
 process groups: they join its global gradient norm, are updated when it applied a step, and rest when it skipped one.
@@ -10,21 +10,16 @@ NOTE: written against DeepSpeed 0.19. Two private hooks are used, `scaled_global
 import json
 import logging
 import math
-import os
-import socket
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache, wraps
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.environ.get("CUDA_VISIBLE_DEVICES") else "cpu")
+from distcond.train.deepspeed_start import compiling_late, start_process_group
 
+# isort: split
 import deepspeed
-import deepspeed.ops
 import torch
 import torch.distributed as dist
-from deepspeed.runtime import compiler
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
@@ -76,40 +71,6 @@ def initialize(
     _Stepper(engine, stage, clip).install()
     _carry_tables(engine)
     return engine, optimizer, loader, scheduler
-
-
-@contextmanager
-def compiling_late() -> Iterator[None]:
-    """What DeepSpeed compiles is compiled when it is called: ZeRO imports Muon, of which few have use, 3 s of compilers."""
-    at_once = compiler.compile
-
-    def compile_late(*arguments: Any, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-            compiled = cache(lambda: at_once(*arguments, **options)(function))
-            return wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
-
-        return decorate
-
-    compiler.compile = compile_late
-    try:
-        yield
-    finally:
-        compiler.compile = at_once
-
-
-def start_process_group() -> None:
-    """Initialise DeepSpeed's communication; a process on its own is a group of one."""
-    # The shared-memory operation would be compiled on first use (46 s), or fail where there is no compiler.
-    # NOTE: set in the module's dictionary; to ask for the attribute is to start compilers that probe every operation.
-    known = vars(deepspeed.ops)
-    known["__compatible_ops__"] = {**known.get("__compatible_ops__", {}), "deepspeed_shm_comm": False}
-    if not dist.is_initialized() and "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
 def _shard_tables(

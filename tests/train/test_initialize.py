@@ -180,7 +180,7 @@ def test_training_loads_no_compiler() -> None:
 def test_what_is_compiled_late_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from deepspeed.runtime import compiler
 
-    from distcond.train.engine import compiling_late
+    from distcond.train.deepspeed_start import compiling_late
 
     asked: list[dict[str, Any]] = []
 

@@ -1,7 +1,7 @@
 """Rivals: other ways to have weights chosen by data, each timed beside our own on the same work, in the same rounds.
 
 They come from packages that distcond does not need; each is imported where it is made, and one that is missing is named.
-NOTE: the only place beside train/engine.py that knows DeepSpeed, here as what it is compared with.
+NOTE: the only place beside train/ that knows DeepSpeed, here as what it is compared with.
 """
 
 import contextlib

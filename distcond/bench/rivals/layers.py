@@ -37,7 +37,7 @@ class DeepSpeedMoE(nn.Module):
 
     def __init__(self, shape: Shape, num_ranks: int = 1) -> None:
         super().__init__()
-        from distcond.train.engine import start_process_group
+        from distcond.train.deepspeed_start import start_process_group
 
         start_process_group()
         from deepspeed.moe.layer import MoE
