@@ -163,16 +163,16 @@ def test_sampled_gradient_takes_the_full_levels_in_turn_and_is_straight_through_
     for gate_gradient, found in grads.items():
         layer = random_tree(4, storage=storage, gate_gradient=gate_gradient, **options).eval()  # which keeps the thresholds
         assert layer.gate is not None
-        for commits in range(12):  # a multiple of 4 and of 1 full level
+        for commits in range(max(1, options.get("full_depth", 4))):
             layer.gate.num_commits.fill_(commits)
             x, layer.gate.weight.grad = tokens(12).requires_grad_(), None
             layer(x).square().sum().backward()
             assert x.grad is not None
             found.append((x.grad, layer.gate.weight.grad))
     learning = [planes.abs().amax(1) > 0 for _, planes in grads["sampled"]]
-    full_depth = options.get("full_depth", 4)
-    assert torch.stack(learning).sum(0).tolist() == [12 // max(1, full_depth)] * full_depth + [12] * (4 - full_depth)
-    assert torch.stack(learning).sum(1).tolist() == [min(1, full_depth) + 4 - full_depth] * 12
+    full_depth, steps = options.get("full_depth", 4), len(learning)
+    assert torch.stack(learning).sum(0).tolist() == [1] * full_depth + [steps] * (4 - full_depth)
+    assert torch.stack(learning).sum(1).tolist() == [min(1, full_depth) + 4 - full_depth] * steps
     for full, sampled in zip(zip(*grads["straight_through"], strict=True), zip(*grads["sampled"], strict=True), strict=True):
         torch.testing.assert_close(torch.stack(sampled).mean(0), full[0], **EXACT)
 
