@@ -45,7 +45,8 @@ QUICK = [Case(4, 512, 64, 4), Case(6, 2048, 128, 6), Case(12, 512, 64, 4)]
 FULL_NODES = [
     Case(depth, tokens, width, depth) for width in (64, 256, 512) for depth in (4, 7, 10) for tokens in (512, 2048, 8192)
 ]
-AGAINST_DENSE = [Case(6, 8192, 256, 6, gate_gradient=gradient) for gradient in ("none", "sampled", "straight_through")]
+GRADIENTS = ("none", "sampled", "flip_sampled", "straight_through", "flip", "magnitude")
+AGAINST_DENSE = [Case(6, 8192, 256, 6, gate_gradient=gradient) for gradient in GRADIENTS]
 DEEP = [Case(20, 4096, 256, 6, rank, leaves=leaves) for rank in (1, 4) for leaves in ("uniform", "zipf")]
 
 
