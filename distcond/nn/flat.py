@@ -6,9 +6,9 @@ Legend: T tokens, Q in, P out, K depth, L leaves folded, G leaves touched.
 import torch
 from torch import Tensor, nn
 
-from distcond.nn.gates import leaf_index
 from distcond.nn.tree import TreeLinear
 from distcond.nn.tree_input import as_rows
+from distcond.ops import leaf_index
 
 MOST_LEAVES = 2**20
 "Leaves that are folded without being chosen."

@@ -90,10 +90,3 @@ class Gate(nn.Module):
         mean_K = (statistics[:-1] / statistics[-1]).to(self.running_mean)
         momentum = MOMENTUM if self.num_commits > 1 else 0.0
         self.running_mean.lerp_(mean_K, 1.0 - momentum)
-
-
-def leaf_index(bits_TK: Tensor) -> Tensor:
-    """Integer b_1 b_2 ... b_K of bool bits [..., K], b_1 most significant; int64 [...]."""
-    depth = bits_TK.shape[-1]
-    places_K = 2 ** torch.arange(depth - 1, -1, -1, device=bits_TK.device)
-    return (bits_TK * places_K).sum(-1)

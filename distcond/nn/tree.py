@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distcond.nn.gate_gradients import flip_levels, learn_from_flips, product_levels, soft_bits
-from distcond.nn.gates import Gate, leaf_index
+from distcond.nn.gates import Gate
 from distcond.nn.tree_input import as_rows, count_nonfinite
 from distcond.nn.tree_nodes import dense_node
 from distcond.nn.tree_options import check_growth, check_options
-from distcond.nn.tree_product import TreeProduct, anchor
+from distcond.nn.tree_product import TreeProduct, anchor, full_precision
 from distcond.nn.tree_state import load_rows, move_rows, row_names, save_rows
-from distcond.ops import NodeTensors, TreePath, first_node
+from distcond.ops import NodeTensors, TreePath, first_node, leaf_index, tree_leaf
 from distcond.table import Collective, Growth, NodeTable, SubtreeLoads, SubtreePlan, Visits
 
 
@@ -126,11 +126,11 @@ class TreeLinear(nn.Module):
         """
         x_TQ = as_rows(x, self.in_features)
         self._before_forward()
-        with torch.autocast(x.device.type, enabled=False):  # bits and rows are fp32 whatever the model computes in
+        with full_precision(x):  # bits and rows are fp32 whatever the model computes in
             gates_TMK = self._gates(x_TQ)
             if not _is_recomputing():
                 self._nonfinite = self._nonfinite + count_nonfinite(gates_TMK.flatten(1))
-            leaf_V = (leaf_index(gates_TMK > 0) + (self._trees() << self.depth)).flatten()
+            leaf_V = tree_leaf(gates_TMK)
             soft_VK = soft_bits(self.gate_gradient, gates_TMK, self.full_depth).flatten(0, 1)
             nodes = self._parameters_of_nodes() if self.table is None else (anchor(x_TQ),)
             statistics = self.gate.statistics(gates_TMK.flatten(1)) if self.gate is not None and self.training else None
@@ -148,7 +148,7 @@ class TreeLinear(nn.Module):
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """The bits, bool [..., num_trees, depth]; the first is the coarsest."""
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             gates_TMK = self._gates(as_rows(x, self.in_features))
         return (gates_TMK > 0).view(*x.shape[:-1], self.num_trees, self.depth)
 
@@ -311,7 +311,7 @@ class TreeLinear(nn.Module):
         if self.gate is not None and statistics is not None:
             self.gate.stage(statistics)
         if self.records_touched:
-            self._touched.append(torch.cat([level.nodes_G for level in path.levels]))
+            self._touched.append(path.nodes.flat_N)
         if self.subtree_loads is not None:
             self.subtree_loads.stage(loads, self.plan)
         if self.records_loads:

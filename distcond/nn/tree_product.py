@@ -5,6 +5,7 @@ G nodes touched.
 """
 
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from distcond.nn.tree_walk import Walk, rows_to_read
 from distcond.ops import (
     NodeTensors,
+    PerLevel,
     Schedule,
     TreePath,
     factor_dtype,
@@ -99,10 +101,10 @@ class TreeProduct(torch.autograd.Function):
             rows = walk.rows_for_backward(layer.table)
             places, nodes = rows_to_read(layer.table, rows, grad_VP.device)
         wanted = nodes.weight_SPQ
-        kept = layer.layout.new_gradient(walk.levels())
+        kept = layer.layout.new_gradient(walk.path.nodes)
         made = [_room_like(part, wanted) for part in kept]
         out = layer.layout.as_matrices(*made)
-        with torch.autocast(grad_VP.device.type, enabled=False):
+        with full_precision(grad_VP):
             local_TQ, grad_VP = (part.to(factor_dtype(ctx.dtype, nodes)) for part in (local_TQ, grad_VP))
             tree = (walk.path, places, nodes, ctx.schedule)
             if layer.scales_levels:
@@ -129,6 +131,12 @@ class TreeProduct(torch.autograd.Function):
         return None, None, grad_x.to(ctx.dtype), grad_soft.to(ctx.soft_dtype), None, *grads
 
 
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """Where autocast does not apply on the device of `x`; entered only where it is on, for that takes its time."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def anchor(x_TQ: Tensor) -> Tensor:
     """A scalar that asks for a gradient, so that backward reaches a table although no parameter stands for it."""
     return torch.zeros((), device=x_TQ.device).requires_grad_(torch.is_grad_enabled())
@@ -151,14 +159,13 @@ def _room_like(rows_GW: Tensor, wanted: Tensor) -> Tensor:
     return torch.empty_like(rows_GW, device=wanted.device, dtype=wanted.dtype)
 
 
-def _dense_gradients(layer: TreeNodes, parameters: list[Tensor], rows: list[Tensor], out: NodeTensors) -> tuple[Tensor, ...]:
+def _dense_gradients(layer: TreeNodes, parameters: list[Tensor], rows: PerLevel, out: NodeTensors) -> tuple[Tensor, ...]:
     """Gradients of the node parameters: zeros but for the touched nodes."""
     weight, bias, right, left = (torch.zeros_like(parameter) for parameter in parameters)
-    full_G = torch.cat(rows[: layer.full_depth + 1])
-    weight[full_G] = out.weight_SPQ
+    full_N, low_N = rows.split(layer.full_depth + 1)
+    weight[full_N] = out.weight_SPQ
     if layer.has_bias:
-        bias[full_G] = out.bias_SP
+        bias[full_N] = out.bias_SP
     if layer.full_depth < layer.depth:
-        low_G = torch.cat(rows[layer.full_depth + 1 :])
-        right[low_G], left[low_G] = out.right_SrQ, out.left_SxP
+        right[low_N], left[low_N] = out.right_SrQ, out.left_SxP
     return weight, bias, right, left

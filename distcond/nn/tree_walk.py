@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distcond.ops import NodeTensors, TreePath, first_node, tree_path
+from distcond.ops import NodeTensors, PerLevel, TreePath, first_node, tree_path
 from distcond.table import NodeTable, Visits, copy_rows, path_node
 
 
@@ -17,7 +17,7 @@ class Walk:
     """The paths of a pass, and where their nodes are."""
 
     path: TreePath
-    rows: list[Tensor]
+    rows: PerLevel
     "Stored row of each node, per level; -1 where it does not exist."
     loads: Visits
     "Leaves, tree << depth | leaf, and their tokens."
@@ -32,45 +32,41 @@ class Walk:
         if not (dense or layout.growth.takes_paths):
             return _walk_to_nodes_that_exist(layout, leaf_V)
         path = tree_path(leaf_V, layout.depth, layout.num_trees)
-        levels = [level.nodes_G for level in path.levels]
-        loads = Visits(levels[-1] - first_node(layout.depth, layout.num_trees), path.levels[-1].count_G)
+        last_G, count_G = path.last_level()
+        loads = Visits(last_G - first_node(layout.depth, layout.num_trees), count_G)
         if not dense:
-            return cls(path, layout.find(levels), loads, Visits.none(), layout.num_removals)
-        first_low = layout.num_full_ids
-        rows = [nodes_G - (first_low if number > layout.full_depth else 0) for number, nodes_G in enumerate(levels)]
+            return cls(path, layout.find(path.nodes), loads, Visits.none(), layout.num_removals)
+        full_N, low_N = path.nodes.split(layout.full_depth + 1)
+        rows = PerLevel(torch.cat([full_N, low_N - layout.num_full_ids]), path.nodes.bounds)
         return cls(path, rows, loads, Visits.none(), 0)
 
     @property
     def depth(self) -> int:
         """Levels below the roots."""
-        return len(self.path.levels) - 1
+        return self.path.depth
 
-    def levels(self) -> list[Tensor]:
-        """Nodes of each level."""
-        return [level.nodes_G for level in self.path.levels]
-
-    def rows_for_backward(self, table: NodeTable) -> list[Tensor]:
+    def rows_for_backward(self, table: NodeTable) -> PerLevel:
         """Rows as they are now; nodes that may come to exist at the end of the step are made, others are -1."""
-        rows = self.rows if self.removals == table.num_removals else table.find(self.levels())
+        rows = self.rows if self.removals == table.num_removals else table.find(self.path.nodes)
         if table.growth.takes_paths and has_missing(rows):
-            rows = table.ensure(self.levels())
+            rows = table.ensure(self.path.nodes)
         return rows
 
 
-def has_missing(rows: list[Tensor]) -> bool:
+def has_missing(rows: PerLevel) -> bool:
     """Whether any node does not exist; waits for a device once."""
-    return bool((torch.cat(rows) < 0).any())
+    return bool((rows.flat_N < 0).any())
 
 
-def rows_to_read(table: NodeTable, rows: list[Tensor], device: torch.device) -> tuple[list[Tensor], NodeTensors]:
+def rows_to_read(table: NodeTable, rows: PerLevel, device: torch.device) -> tuple[PerLevel, NodeTensors]:
     """Rows of which none is -1, and the matrices that they are rows of, where the tokens are: missing nodes are zeros."""
     if table.rows_stay:
         return copy_rows(table, rows, device)
     if not has_missing(rows):
         return rows, table.tensors()
-    zeros = [table.full.size if number <= table.full_depth else table.low.size for number in range(len(rows))]
-    filled = [torch.where(rows_G < 0, zero, rows_G) for rows_G, zero in zip(rows, zeros, strict=True)]
-    return filled, table.tensors_with_zeros()
+    kinds = zip(rows.split(table.full_depth + 1), (table.full, table.low), strict=True)
+    filled_N = torch.cat([torch.where(rows_N < 0, store.size, rows_N) for rows_N, store in kinds])
+    return PerLevel(filled_N, rows.bounds), table.tensors_with_zeros()
 
 
 def _walk_to_nodes_that_exist(table: NodeTable, leaf_V: Tensor) -> Walk:
@@ -85,4 +81,4 @@ def _walk_to_nodes_that_exist(table: NodeTable, leaf_V: Tensor) -> Walk:
     is_short_G = level_G < depth
     asked_G = path_node(leaf_G, level_G + 1, depth, trees)[is_short_G]
     asked = Visits.of(asked_G, count_G[is_short_G])
-    return Walk(path, table.find([level.nodes_G for level in path.levels]), Visits(leaf_G, count_G), asked, table.num_removals)
+    return Walk(path, table.find(path.nodes), Visits(leaf_G, count_G), asked, table.num_removals)

@@ -2,22 +2,26 @@
 
 from distcond.ops.native import kernels, use_kernels
 from distcond.ops.path import Level, NodeTensors, Schedule, TreePath, calls_are_cheap, factor_dtype, first_node
+from distcond.ops.per_level import PerLevel
 from distcond.ops.scaled import scaled_backward, scaled_forward
-from distcond.ops.tree_matmul import tree_backward, tree_forward, tree_path
+from distcond.ops.tree_matmul import leaf_index, tree_backward, tree_forward, tree_leaf, tree_path
 
 __all__ = [
     "Level",
     "NodeTensors",
+    "PerLevel",
     "Schedule",
     "TreePath",
     "calls_are_cheap",
     "factor_dtype",
     "first_node",
     "kernels",
+    "leaf_index",
     "scaled_backward",
     "scaled_forward",
     "tree_backward",
     "tree_forward",
+    "tree_leaf",
     "tree_path",
     "use_kernels",
 ]

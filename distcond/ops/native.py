@@ -10,8 +10,7 @@ import ctypes
 import functools
 import threading
 from collections.abc import Collection, Sequence
-from ctypes import c_float, c_int, c_int64, c_long, c_void_p
-from itertools import pairwise
+from ctypes import POINTER, c_float, c_int, c_int64, c_long, c_void_p
 from pathlib import Path
 
 import torch
@@ -19,7 +18,8 @@ from torch import Tensor
 
 from distcond.errors import ConfigError
 from distcond.ops.compiler import load_compiled
-from distcond.ops.path import FlatPath, Level, NodeTensors, TreePath
+from distcond.ops.path import FlatPath, NodeTensors, TreePath
+from distcond.ops.per_level import PerLevel
 
 KERNELS = ("torch", "native")
 MOST_UNITS = 64
@@ -67,11 +67,25 @@ def kernels() -> str:
     return _chosen
 
 
+_SIGNATURES = {
+    "leaf": (None, (c_void_p, c_int64, c_int64, c_int64, c_void_p)),
+    "find": (None, (c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int)),
+    "path": (None, (c_void_p, c_int64, c_int64, *[c_void_p] * 8)),
+    "work": (c_int64, (POINTER(_Tree), c_int64, c_int)),
+    "forward": (None, (POINTER(_Tree), *[c_void_p] * 3, c_int)),
+    "backward": (None, (POINTER(_Tree), *[c_void_p] * 3, POINTER(_Gradients), c_int64, c_void_p, c_void_p, c_int)),
+    "adam": (None, (POINTER(_Adam), c_void_p, c_int64, c_int64, *[c_void_p] * 7, c_int)),
+}
+"Result and arguments of what csrc calls distcond_..."
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled kernels. Raises ConfigError where they cannot be compiled."""
     loaded = load_compiled(Path(__file__).parent / "csrc" / "tree.c")
-    loaded.distcond_work.restype = c_int64
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(loaded, f"distcond_{name}")
+        function.restype, function.argtypes = result, arguments
     return loaded
 
 
@@ -85,27 +99,49 @@ def computes(*tensors: Tensor) -> bool:
     return _chosen == "native" and all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
 
 
+def looks_up(keys: Tensor) -> bool:
+    """Whether the native kernels are chosen, and the keys, int64, on a CPU."""
+    return _chosen == "native" and keys.device.type == "cpu"
+
+
+def leaf_of(gates_TMK: Tensor) -> Tensor:
+    """`tree_leaf`, compiled."""
+    gates_TMK, (tokens, trees, depth) = gates_TMK.detach().contiguous(), gates_TMK.shape
+    leaf_V = torch.empty(tokens * trees, dtype=torch.int64)
+    library().distcond_leaf(gates_TMK.data_ptr(), len(leaf_V), trees, depth, leaf_V.data_ptr())
+    return leaf_V
+
+
+def find(keys_G: Tensor, runs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """`KeyIndex.find`, compiled; fastest where most keys follow a smaller one."""
+    keys_G, found_G, threads = keys_G.contiguous(), torch.full_like(keys_G, -1), torch.get_num_threads()
+    for keys_N, places_N in runs:
+        run = (keys_N.data_ptr(), places_N.data_ptr(), len(keys_N))
+        library().distcond_find(keys_G.data_ptr(), len(keys_G), *run, found_G.data_ptr(), threads)
+    return found_G
+
+
 def path_of(leaf_T: Tensor, depth: int) -> TreePath:
     """`TreePath.of`, compiled."""
     tokens, most = len(leaf_T), sum(min(len(leaf_T), 2**level) for level in range(depth + 1))
-    order_T, place_T, spare_T = (torch.empty(tokens, dtype=torch.int64) for _ in range(3))
+    order_T, place_T, spare_T = torch.empty(3, tokens, dtype=torch.int64).unbind()
     bounds = torch.empty(depth + 2, dtype=torch.int64)
     nodes_N, start_N, parent_N, count_N = torch.empty(4, most, dtype=torch.int64).unbind()
     outputs = (order_T, place_T, bounds, nodes_N, start_N, parent_N, count_N, spare_T)
     leaf_T = leaf_T.contiguous()
-    library().distcond_path(_at(leaf_T), c_int64(tokens), c_int64(depth), *(_at(output) for output in outputs))
-    parts = [slice(*ends) for ends in pairwise(bounds.tolist())]
-    levels = [Level(nodes_N[part], parent_N[part], count_N[part]) for part in parts]
-    return TreePath(order_T, place_T, levels, FlatPath(bounds, start_N, parent_N))
+    library().distcond_path(leaf_T.data_ptr(), tokens, depth, *(output.data_ptr() for output in outputs))
+    ends = bounds.tolist()
+    nodes, parents, counts = (PerLevel(part_N[: ends[-1]], ends) for part_N in (nodes_N, parent_N, count_N))
+    return TreePath(order_T, place_T, None, FlatPath(bounds, start_N, nodes, parents, counts))
 
 
 def forward(x_TQ: Tensor, path: TreePath, rows: Sequence[Tensor], nodes: NodeTensors, full_depth: int) -> Tensor:
     """`tree_forward` for at least one token."""
-    x_TQ, row_N = x_TQ.contiguous(), torch.cat(list(rows))
+    x_TQ, row_N = x_TQ.contiguous(), PerLevel.of(rows).flat_N
     y_TP, threads = x_TQ.new_empty(len(x_TQ), nodes.bias_SP.shape[1]), torch.get_num_threads()
     tree = _tree(x_TQ, path, row_N, nodes, full_depth)
-    work = _work(library().distcond_work(ctypes.byref(tree), c_int64(0), c_int(threads)))
-    library().distcond_forward(ctypes.byref(tree), _at(x_TQ), _at(y_TP), _at(work), c_int(threads))
+    work = _work(library().distcond_work(tree, 0, threads))
+    library().distcond_forward(tree, x_TQ.data_ptr(), y_TP.data_ptr(), work.data_ptr(), threads)
     return y_TP
 
 
@@ -120,19 +156,19 @@ def backward(
     out: NodeTensors,
 ) -> tuple[Tensor, Tensor]:
     """`tree_backward` for at least one token."""
-    x_TQ, grad_TP, row_N = x_TQ.contiguous(), grad_TP.contiguous(), torch.cat(list(rows))
+    x_TQ, grad_TP, row_N = x_TQ.contiguous(), grad_TP.contiguous(), PerLevel.of(rows).flat_N
     grad_x_TQ, threads = torch.empty_like(x_TQ), torch.get_num_threads()
     through_TW = x_TQ.new_empty(len(x_TQ), len(gate_levels))
     tree = _tree(x_TQ, path, row_N, nodes, full_depth)
-    work = _work(library().distcond_work(ctypes.byref(tree), c_int64(len(gate_levels)), c_int(threads)))
-    gates, gradients = c_int64(sum(1 << level for level in gate_levels)), _Gradients(*(_rows(part) for part in out))
-    tokens = (_at(x_TQ), _at(grad_TP), _at(grad_x_TQ))
-    outputs = (ctypes.byref(gradients), gates, _at(through_TW), _at(work), c_int(threads))
-    library().distcond_backward(ctypes.byref(tree), *tokens, *outputs)
+    work = _work(library().distcond_work(tree, len(gate_levels), threads))
+    gates, gradients = sum(1 << level for level in gate_levels), _Gradients(*(_rows(part) for part in out))
+    tokens = (x_TQ.data_ptr(), grad_TP.data_ptr(), grad_x_TQ.data_ptr())
+    library().distcond_backward(tree, *tokens, gradients, gates, through_TW.data_ptr(), work.data_ptr(), threads)
     if len(gate_levels) == len(rows) - 1:
         return grad_x_TQ, through_TW
     grad_levels_TK = x_TQ.new_zeros(len(x_TQ), len(rows) - 1)
-    grad_levels_TK[:, [level - 1 for level in sorted(gate_levels)]] = through_TW
+    if gate_levels:
+        grad_levels_TK[:, [level - 1 for level in sorted(gate_levels)]] = through_TW
     return grad_x_TQ, grad_levels_TK
 
 
@@ -151,10 +187,9 @@ def adam(
     """
     rows_G, grad_G = rows_G.contiguous(), grad_G.contiguous()
     own = [factor.to(torch.float32).contiguous() for factor in factors]
-    sizes = (c_int64(len(rows_G)), c_int64(grad_G[0].numel()))
-    tensors = (_at(tensor) for tensor in (grad_G, data_S, *moments, *own))
-    settings, threads = _Adam(*betas, eps), c_int(torch.get_num_threads())
-    library().distcond_adam(ctypes.byref(settings), _at(rows_G), *sizes, *tensors, threads)
+    sizes, threads = (len(rows_G), grad_G[0].numel()), torch.get_num_threads()
+    tensors = (tensor.data_ptr() for tensor in (grad_G, data_S, *moments, *own))
+    library().distcond_adam(_Adam(*betas, eps), rows_G.data_ptr(), *sizes, *tensors, threads)
 
 
 def _tree(x_TQ: Tensor, path: TreePath, row_N: Tensor, nodes: NodeTensors, full_depth: int) -> _Tree:
@@ -166,10 +201,10 @@ def _tree(x_TQ: Tensor, path: TreePath, row_N: Tensor, nodes: NodeTensors, full_
         nodes.right_SrQ.shape[1],
         nodes.left_SxP.shape[1],
         full_depth,
-        len(path.levels) - 1,
+        path.depth,
     )
-    arrays = (path.order_T, flat.bounds, flat.start_N, flat.parent_N, row_N)
-    return _Tree(*sizes, *(_at(array) for array in arrays), _Gradients(*(_rows(part) for part in nodes)))
+    arrays = (path.order_T, flat.bounds, flat.start_N, flat.parents.flat_N, row_N)
+    return _Tree(*sizes, *(array.data_ptr() for array in arrays), _Gradients(*(_rows(part) for part in nodes)))
 
 
 def _work(numbers: int) -> Tensor:
@@ -177,10 +212,6 @@ def _work(numbers: int) -> Tensor:
     if getattr(_own, "work", None) is None or len(_own.work) < numbers:
         _own.work = torch.empty(numbers)
     return _own.work  # type: ignore[no-any-return]
-
-
-def _at(tensor: Tensor) -> c_void_p:
-    return c_void_p(tensor.data_ptr())
 
 
 def _rows(tensor_S: Tensor) -> _Rows:

@@ -5,11 +5,12 @@ Legend: T tokens, Q in, P out, K depth, r rank, G nodes touched on a level, S ro
 
 import functools
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from distcond.ops.per_level import PerLevel
 
 TOKENS_PER_MERGED_NODE = 8
 """Mean tokens a node from which on its matrix is added to its ancestors' and multiplied once.
@@ -75,11 +76,13 @@ class FlatPath(NamedTuple):
     "int64 [K + 2], on the CPU: where each level begins, and the end."
     start_N: Tensor
     "int64, first sorted token of each node."
-    parent_N: Tensor
-    "int64, index of each node's parent among the nodes of the level above."
+    nodes: PerLevel
+    parents: PerLevel
+    counts: PerLevel
+    "What `Level` calls nodes_G, parent_G, count_G."
 
 
-@dataclass(slots=True)
+@dataclass
 class TreePath:
     """Tokens sorted by leaf, and the nodes they pass on every level. In a forest, a token here is one for each of its trees."""
 
@@ -87,9 +90,9 @@ class TreePath:
     "int64, sorted position -> token."
     place_T: Tensor
     "int64, token -> sorted position."
-    levels: list[Level]
-    "K + 1 levels, the roots first."
+    known_levels: list[Level] | None
     known_flat: FlatPath | None = None
+    "The same nodes; one of the two is given, and the other made of it when it is first asked for."
 
     @classmethod
     def of(cls, leaf_T: Tensor, depth: int, num_trees: int = 1) -> "TreePath":
@@ -110,12 +113,37 @@ class TreePath:
         trees = len(self.order_T) // max(1, len(x_TQ))
         return x_TQ.index_select(0, self.order_T if trees == 1 else self.order_T // trees)
 
+    @property
+    def levels(self) -> list[Level]:
+        """K + 1 levels, the roots first."""
+        if self.known_levels is None:
+            flat = self.flat()
+            self.known_levels = [Level(*parts) for parts in zip(flat.nodes, flat.parents, flat.counts, strict=True)]
+        return self.known_levels
+
+    @functools.cached_property
+    def nodes(self) -> PerLevel:
+        """Ids of the nodes, as those of the levels."""
+        return PerLevel.of([level.nodes_G for level in self.levels]) if self.known_flat is None else self.known_flat.nodes
+
+    @property
+    def depth(self) -> int:
+        """K."""
+        return len(self.nodes) - 1
+
+    def last_level(self) -> tuple[Tensor, Tensor]:
+        """nodes_G and count_G of the last level."""
+        if self.known_flat is None:
+            return self.levels[-1].nodes_G, self.levels[-1].count_G
+        return self.known_flat.nodes[-1], self.known_flat.counts[-1]
+
     def flat(self) -> FlatPath:
         """The same nodes as one list."""
         if self.known_flat is None:
-            bounds = torch.tensor([0, *accumulate(len(level.nodes_G) for level in self.levels)])
             start_N = torch.cat([level.count_G.cumsum(0) - level.count_G for level in self.levels])
-            self.known_flat = FlatPath(bounds, start_N, torch.cat([level.parent_G for level in self.levels]))
+            parents = PerLevel.of([level.parent_G for level in self.levels])
+            counts = PerLevel.of([level.count_G for level in self.levels])
+            self.known_flat = FlatPath(torch.tensor(self.nodes.bounds), start_N, self.nodes, parents, counts)
         return self.known_flat
 
 
@@ -138,8 +166,8 @@ class Schedule:
         forward and backward on one core), beside schedules with more or fewer merged or gathered levels, this one took 1.01
         times as long as the best in the median, 1.26 at worst, where three low-rank levels had better been gathered.
         """
-        tokens, depth = len(path.order_T), len(path.levels) - 1
-        touched = [len(level.nodes_G) for level in path.levels]
+        tokens, depth = len(path.order_T), path.depth
+        touched = path.nodes.sizes
         is_cpu = calls_are_cheap(path.order_T)
         merged, enough = 0, TOKENS_PER_MERGED_NODE if is_cpu else TOKENS_PER_BATCHED_NODE
         while merged < full_depth and tokens >= enough * touched[merged + 1]:

@@ -22,6 +22,21 @@ from distcond.ops.merged import bias_gradient, merged_product, merged_product_ba
 from distcond.ops.path import Level, NodeTensors, Schedule, TreePath, calls_are_cheap, pick
 
 
+def leaf_index(bits_TK: Tensor) -> Tensor:
+    """Integer b_1 b_2 ... b_K of bool bits [..., K], b_1 most significant; int64 [...]."""
+    depth = bits_TK.shape[-1]
+    places_K = 2 ** torch.arange(depth - 1, -1, -1, device=bits_TK.device)
+    return (bits_TK * places_K).sum(-1)
+
+
+def tree_leaf(gates_TMK: Tensor) -> Tensor:
+    """Leaves tree << K | b_1 b_2 ... b_K, int64 [T * M], of gates of M trees; a bit is whether its gate is above 0."""
+    if native.computes(gates_TMK):
+        return native.leaf_of(gates_TMK)
+    trees_M = torch.arange(gates_TMK.shape[1], device=gates_TMK.device)
+    return (leaf_index(gates_TMK > 0) + (trees_M << gates_TMK.shape[2])).flatten()
+
+
 def tree_path(leaf_T: Tensor, depth: int, num_trees: int = 1) -> TreePath:
     """`TreePath.of`, by the kernels that are chosen; the native ones know one tree."""
     if not calls_are_cheap(leaf_T):
@@ -41,7 +56,7 @@ def tree_forward(x_TQ: Tensor, path: TreePath, rows: Sequence[Tensor], nodes: No
         return x_TQ.new_zeros(0, nodes.bias_SP.shape[1])
     if not calls_are_cheap(x_TQ):
         return batched_forward(x_TQ, path, rows, nodes, schedule)
-    if len(rows[0]) == 1 and native.serves(x_TQ, nodes):
+    if path.nodes.bounds[1] == 1 and native.serves(x_TQ, nodes):
         return native.forward(x_TQ, path, rows, nodes, schedule.full_depth)
     if len(rows) == 1 and len(rows[0]) == 1:
         root = int(rows[0])
@@ -78,14 +93,14 @@ def tree_backward(
     of the touched nodes, the nodes of all levels of a kind one after the other. Those of full nodes are formed at the
     deepest full level and summed up the tree.
     """
-    grad_levels_TK = x_TQ.new_zeros(len(grad_TP), len(rows) - 1)
     if not len(x_TQ):
-        return torch.zeros_like(x_TQ), grad_levels_TK
+        return torch.zeros_like(x_TQ), x_TQ.new_zeros(0, len(rows) - 1)
     if not calls_are_cheap(x_TQ):
         return batched_backward(x_TQ, grad_TP, path, rows, nodes, schedule, gate_levels, out)
-    if len(rows[0]) == 1 and native.serves(x_TQ, nodes):
+    if path.nodes.bounds[1] == 1 and native.serves(x_TQ, nodes):
         return native.backward(x_TQ, grad_TP, path, rows, nodes, schedule.full_depth, gate_levels, out)
     x_TQ, grad_TP = path.in_order(x_TQ), path.in_order(grad_TP)
+    grad_levels_TK = x_TQ.new_zeros(len(x_TQ), len(rows) - 1)
     width, shallow = x_TQ.shape[1], slice(schedule.merged + 1)
     grad_x_TQ = merged_product_backward(grad_TP, path.levels[shallow], rows[shallow], nodes.weight_SPQ)
     first_low = 0

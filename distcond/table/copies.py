@@ -5,24 +5,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distcond.ops import NodeTensors
+from distcond.ops import NodeTensors, PerLevel
 from distcond.table.node_table import NodeTable
 
 
-def copy_rows(table: NodeTable, rows: Sequence[Tensor], device: torch.device) -> tuple[list[Tensor], NodeTensors]:
+def copy_rows(table: NodeTable, rows: Sequence[Tensor], device: torch.device) -> tuple[PerLevel, NodeTensors]:
     """Where each touched node is among the copies, per level; and the copies, zeros for nodes that do not exist.
 
     rows: per level, as `NodeTable.find` gives them. Costs one transfer for each kind of node.
     """
-    first_low = table.full_depth + 1
-    places: list[Tensor] = []
-    copies: list[Tensor] = []
-    for store, levels in ((table.full, rows[:first_low]), (table.low, rows[first_low:])):
-        copied = store.data[:0]
-        if levels:
-            rows_G = torch.cat(list(levels))
-            copied = store.data_with_zeros.index_select(0, torch.where(rows_G < 0, store.size, rows_G))
-            place_G = torch.arange(len(rows_G), device=device)
-            places += place_G.split([len(level_G) for level_G in levels])
-        copies.append(copied.to(device))
-    return places, table.as_matrices(*copies)
+    rows = PerLevel.of(rows)
+    kinds = list(zip((table.full, table.low), rows.split(table.full_depth + 1), strict=True))
+    filled = [(store.data_with_zeros, torch.where(rows_N < 0, store.size, rows_N)) for store, rows_N in kinds]
+    copies = (data_SW.index_select(0, rows_N).to(device) for data_SW, rows_N in filled)
+    places_N = torch.cat([torch.arange(len(rows_N), device=device) for _, rows_N in kinds])
+    return PerLevel(places_N, rows.bounds), table.as_matrices(*copies)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from distcond.ops import NodeTensors, TreePath, first_node
+from distcond.ops import NodeTensors, PerLevel, TreePath, first_node
 from distcond.table.growth import Admission, Growth, Visits
 from distcond.table.random_rows import uniform_rows
 from distcond.table.rows import RowStore
@@ -88,19 +88,19 @@ class NodeTable:
 
     def as_matrices(self, full_SW: Tensor, low_SW: Tensor) -> NodeTensors:
         """Views of flat rows of both kinds as matrices. Without biases theirs are zeros that nothing reads back."""
-        p, q, r = self.out_features, self.in_features, self.rank
+        p, q, r, full, low = self.out_features, self.in_features, self.rank, full_SW.shape[0], low_SW.shape[0]
         return NodeTensors(
-            weight_SPQ=full_SW[:, : p * q].unflatten(1, (p, q)),
-            bias_SP=full_SW[:, p * q :] if self.has_bias else full_SW.new_zeros(len(full_SW), p),
-            right_SrQ=low_SW[:, : r * q].unflatten(1, (r, q)),
-            left_SxP=low_SW[:, r * q :].unflatten(1, (r + self.has_bias, p)),
+            weight_SPQ=full_SW[:, : p * q].view(full, p, q),
+            bias_SP=full_SW[:, p * q :] if self.has_bias else full_SW.new_zeros(full, p),
+            right_SrQ=low_SW[:, : r * q].view(low, r, q),
+            left_SxP=low_SW[:, r * q :].view(low, r + self.has_bias, p),
         )
 
-    def find(self, levels: Sequence[Tensor]) -> list[Tensor]:
+    def find(self, levels: Sequence[Tensor]) -> PerLevel:
         """Row of each node, per level, root first; -1 where it does not exist."""
         return self._by_kind(levels, lambda kind, nodes_G: self._store(kind).find(nodes_G))
 
-    def ensure(self, levels: Sequence[Tensor]) -> list[Tensor]:
+    def ensure(self, levels: Sequence[Tensor]) -> PerLevel:
         """Row of each node, per level; nodes that do not exist are born."""
         return self._by_kind(levels, self.ensure_rows)
 
@@ -158,13 +158,14 @@ class NodeTable:
         for _, store in self.stores():
             store.keep_new(store.keys[:0])
 
-    def _by_kind(self, levels: Sequence[Tensor], look_up: Callable[[str, Tensor], Tensor]) -> list[Tensor]:
+    def _by_kind(self, levels: Sequence[Tensor], look_up: Callable[[str, Tensor], Tensor]) -> PerLevel:
         """What `look_up` says of the nodes, asked once for all levels of a kind, where the rows are."""
-        rows: list[Tensor] = []
-        for kind, part in (("full", levels[: self.full_depth + 1]), ("low", levels[self.full_depth + 1 :])):
-            if part:
-                rows += look_up(kind, torch.cat(list(part)).to(self.full.keys.device)).split([len(nodes_G) for nodes_G in part])
-        return rows
+        nodes, device = PerLevel.of(levels), self.full.keys.device
+        full_N, low_N = nodes.split(self.full_depth + 1)
+        rows_N = look_up("full", full_N.to(device))
+        if len(low_N):
+            rows_N = torch.cat([rows_N, look_up("low", low_N.to(device))])
+        return PerLevel(rows_N, nodes.bounds)
 
     def _store(self, kind: str) -> RowStore:
         return self.full if kind == "full" else self.low
@@ -180,16 +181,15 @@ class NodeTable:
 
     def new_gradient(self, levels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Uninitialised flat gradient rows for the nodes of the given levels: full ones, low-rank ones (`RowStore`)."""
-        num_full = sum(len(nodes_G) for nodes_G in levels[: self.full_depth + 1])
-        num_low = sum(len(nodes_G) for nodes_G in levels) - num_full
-        return self.full.new_gradient(num_full), self.low.new_gradient(num_low)
+        full_N, low_N = PerLevel.of(levels).split(self.full_depth + 1)
+        return self.full.new_gradient(len(full_N)), self.low.new_gradient(len(low_N))
 
-    def add_gradient(self, rows: list[Tensor], full_GW: Tensor, low_GW: Tensor) -> None:
+    def add_gradient(self, rows: Sequence[Tensor], full_GW: Tensor, low_GW: Tensor) -> None:
         """Collect the gradient of nodes, given their rows per level, -1 for those without, laid out as by `new_gradient`."""
-        first_low = self.full_depth + 1
-        self.full.add_gradient(*_existing(torch.cat(rows[:first_low]), full_GW))
-        if rows[first_low:]:
-            self.low.add_gradient(*_existing(torch.cat(rows[first_low:]), low_GW))
+        full_N, low_N = PerLevel.of(rows).split(self.full_depth + 1)
+        self.full.add_gradient(*_existing(full_N, full_GW))
+        if len(low_N):
+            self.low.add_gradient(*_existing(low_N, low_GW))
 
 
 def _existing(rows_G: Tensor, grad_GW: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,10 +20,12 @@ from distcond.ops import (
     native,
     tree_backward,
     tree_forward,
+    tree_leaf,
     tree_path,
     use_kernels,
 )
 from distcond.optim import RowAdam
+from distcond.table.key_index import SMALL, KeyIndex
 from tests.ops.test_tree_matmul import random_leaves
 from tests.trees import tokens
 
@@ -67,7 +69,39 @@ def test_path_is_that_of_torch(depth: int, count: int) -> None:
     size = len(expected.flat().start_N)
     assert torch.equal(path.flat().bounds, expected.flat().bounds)
     assert torch.equal(path.flat().start_N[:size], expected.flat().start_N)
-    assert torch.equal(path.flat().parent_N[:size], expected.flat().parent_N)
+    assert torch.equal(path.flat().parents.flat_N, expected.flat().parents.flat_N)
+
+
+# ---- leaves and look-ups ---------------------------------------------------------------------------------------------
+
+
+@needs_gcc
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize(("depth", "trees"), [(0, 1), (0, 3), (1, 1), (7, 3), (62, 1), (58, 16)])
+def test_leaves_are_those_of_torch(depth: int, trees: int) -> None:
+    gates = numbers(40, trees, depth + 1, seed=1)[..., :depth]  # not contiguous
+    gates[:3], gates[3:5] = 0.0, torch.nan
+    assert torch.equal(tree_leaf(gates), tree_leaf(gates.double()))
+
+
+@needs_gcc
+@pytest.mark.usefixtures("compiled")
+def test_keys_are_found_as_torch_finds_them() -> None:
+    """Among runs of several lengths, one of them empty; keys ascending and not, in more pieces than one."""
+    known = 3 * torch.randperm(7 * SMALL, generator=torch.Generator().manual_seed(0))
+    index, asked = KeyIndex(), torch.arange(-5, 21 * SMALL + 5)
+    for keys in (asked, asked[:0]):
+        assert torch.equal(index.find(keys), torch.full_like(keys, -1))
+    for first, end in ((0, 4 * SMALL), (4 * SMALL, 6 * SMALL), (6 * SMALL, 7 * SMALL)):
+        index.insert(known[first:end], torch.arange(first, end))
+    assert len(index._runs) == 3
+    for dropped in (7 * SMALL, 5 * SMALL, 3 * SMALL):
+        index.drop(dropped)
+        for keys in (asked, asked.flip(0), known):
+            found = index.find(keys)
+            use_kernels("torch")
+            assert torch.equal(found, index.find(keys))
+            use_kernels("native")
 
 
 # ---- the product -----------------------------------------------------------------------------------------------------

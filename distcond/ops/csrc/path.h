@@ -1,4 +1,4 @@
-/* Tokens sorted by leaf, and the nodes they pass. */
+/* Leaves of tokens, tokens sorted by them, the nodes that they pass, and where nodes are stored. */
 
 /* Sort leaves, of `bits` bits, keeping equal ones in order: order [tokens]; spare: as much. */
 static void sort_leaves(const int64_t *leaf, long tokens, int bits, int64_t *order, int64_t *spare) {
@@ -17,6 +17,43 @@ static void sort_leaves(const int64_t *leaf, long tokens, int bits, int64_t *ord
 static int first_apart(int64_t leaf, int64_t before, int depth) {
     int64_t differ = leaf ^ before;
     return differ ? depth - (63 - __builtin_clzll((unsigned long long)differ)) : depth + 1;
+}
+
+/* Leaves of gates [count, bits], one row for each of `trees` trees of a token: tree << bits | bits, of which the first says
+ * whether the first gate is above 0. */
+void distcond_leaf(const float *gates, int64_t count, int64_t trees, int64_t bits, int64_t *leaf) {
+    for (long at = 0; at < count; at++) {
+        leaf[at] = at % trees;
+        for (long bit = 0; bit < bits; bit++) leaf[at] = leaf[at] << 1 | (gates[at * bits + bit] > 0);
+    }
+}
+
+/* First of some ascending numbers, from `low` on, that is not below a key; most keys are near the one before. */
+static long search_from(const int64_t *numbers, long count, long low, int64_t key) {
+    long step = 1, high;
+    if (low && numbers[low - 1] >= key) low = 0;
+    while (low + step <= count && numbers[low + step - 1] < key) low += step, step *= 2;
+    high = least(low + step, count);
+    while (low < high) {
+        long middle = (low + high) / 2;
+        if (numbers[middle] < key)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* Places of keys [count] among ascending ones [size]; where there is none, found is left as it is. */
+void distcond_find(const int64_t *keys, int64_t count, const int64_t *known, const int64_t *places, int64_t size,
+                   int64_t *found, int threads) {
+    enum { PIECE = 4096 };
+#pragma omp parallel for schedule(static) num_threads(threads) if (count > PIECE)
+    for (long begin = 0; begin < count; begin += PIECE)
+        for (long at = begin, low = 0; at < least(begin + PIECE, count); at++) {
+            low = search_from(known, size, low, keys[at]);
+            if (low < size && known[low] == keys[at]) found[at] = places[low];
+        }
 }
 
 /* order, place [tokens]: sorted position -> token, and back. bounds [depth + 2]: where the nodes of each level begin in
