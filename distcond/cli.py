@@ -102,7 +102,7 @@ def _train(argv: list[str]) -> int:
         return _ask_hydra(args, flags)
     _configure_logging()
     config = _configuration(args)
-    from distcond.train.plan import check_fits
+    from distcond.train.fits import check_fits
 
     check_fits(config)
     if args.dry_run:

@@ -13,8 +13,8 @@ from distcond.data.batches import LocalFeeder, num_validation_batches
 from distcond.errors import RunError
 from distcond.nn.model import SUMS, Learner, build_learner
 from distcond.train.checkpoint import latest_checkpoint, read_dense, read_state, verified
+from distcond.train.fits import cost_of
 from distcond.train.metrics import ponder, quality
-from distcond.train.plan import cost_of
 from distcond.train.run_folder import RunFolder, write_json
 from distcond.train.state import tensors
 from distcond.train.table_files import load_tables

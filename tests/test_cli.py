@@ -175,6 +175,14 @@ def test_composing_brings_in_nothing_heavy() -> None:
     assert done.stdout == "set()\n"
 
 
+def test_a_run_is_judged_and_its_start_prepared_without_torch() -> None:
+    heavy = {"torch", "ray", "deepspeed", "wandb", "datasets"}
+    judged = "from distcond.train.fits import check_fits; check_fits(distcond.compose.compose([]))"
+    code = f"import sys, distcond.compose, distcond.cluster.trainer; {judged}; print({heavy!r} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "set()\n"
+
+
 @pytest.mark.skipif(not shutil.which("bash"), reason="completion is bash's")
 def test_tab_completes_in_a_real_bash(tmp_path: Path) -> None:
     command = tmp_path / "distcond"

@@ -8,7 +8,7 @@ import pytest
 from distcond.config import Config
 from distcond.errors import RunError
 from distcond.evaluate import evaluate
-from distcond.train.plan import cost_of
+from distcond.train.fits import cost_of
 
 
 def path_of(config: Config) -> Path:

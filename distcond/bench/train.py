@@ -62,9 +62,9 @@ class _Prepared:
 
 def _loop(config: Config, feeder: _Prepared, folder: Any) -> Callable[[], None]:
     """A round of the loop's steps, in a run without a tracker."""
+    from distcond.train.fits import cost_of
     from distcond.train.hooks import LogHook, StopHook, peak_tflops
     from distcond.train.loop import train_step
-    from distcond.train.plan import cost_of
     from distcond.train.state import Hook, start_run
 
     run = start_run(config, folder, feeder, feeder.task)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from distcond.cluster.search_space import pareto_front
 from distcond.config import Config, DataName
+from distcond.train.fits import cost_of
 
 STEPS = "val/ponder/steps"
 "Mean ponder steps executed on the validation set."
@@ -50,8 +51,6 @@ class Trial:
 
     def count_parameters(self) -> int:
         """Parameters of the model, if every node of its trees comes to exist."""
-        from distcond.train.plan import cost_of  # imports torch, which the plan of a sweep does not need
-
         cost = cost_of(self.config)
         return cost.dense_parameters + cost.node_parameters
 

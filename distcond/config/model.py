@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from distcond.config.check import nearest_divisors, need
 from distcond.config.choices import CellName, GateGradient, GateName, HaltingKind, ModelName, Storage
 
+EMBEDDING = 16
+"Numbers that a byte of the window is embedded as (mlp on text)."
+
 
 @dataclass(kw_only=True, slots=True)
 class TreeConfig:

@@ -7,12 +7,10 @@ D width, V vocabulary, I input features, O outputs.
 import torch
 from torch import Tensor, nn
 
+from distcond.config.model import EMBEDDING
 from distcond.nn.halting import PonderStats
 from distcond.nn.linear import TreeOptions, make_linear
 from distcond.nn.transformer import VOCABULARY
-
-EMBEDDING = 16
-"Numbers that a byte of the window is embedded as."
 
 
 class ResidualCell(nn.Module):

@@ -7,7 +7,7 @@ import time
 import torch
 
 from distcond.config import TrainConfig
-from distcond.nn.cost import ModelCost
+from distcond.config.cost import ModelCost
 from distcond.tracking import Tracker
 from distcond.train.checkpoint import save_checkpoint
 from distcond.train.metrics import Meter, is_better, ponder, quality, tree_usage

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from distcond.config import Config
+from distcond.config.cost import model_cost
 from distcond.data.batches import Feeder
 from distcond.data.tasks import Task, build_task
-from distcond.nn.cost import model_cost
 from distcond.ops import kernels
 from distcond.tracking import Tracker
 from distcond.train.hooks import CheckpointHook, LogHook, ProfileHook, StopHook, ValidationHook, peak_tflops

@@ -13,7 +13,8 @@ from distcond.errors import ConfigError
 from distcond.nn import TreeLinear
 from distcond.nn.model import Learner, build_learner
 from distcond.table import SubtreePlan
-from distcond.train.plan import check_fits, cost_of, describe
+from distcond.train.fits import check_fits, cost_of
+from distcond.train.plan import describe
 from tests.helpers import small_config, text_config
 
 CONFIGS: list[dict[str, Any]] = [

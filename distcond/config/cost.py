@@ -5,8 +5,8 @@ Legend: P out, Q in, t trees, K depth, F full_depth, r rank.
 
 from dataclasses import dataclass
 
-from distcond.config import GateGradient, GateName, ModelConfig, ModelName, TreeConfig
-from distcond.nn.mlp import EMBEDDING
+from distcond.config.choices import GateGradient, GateName, ModelName
+from distcond.config.model import EMBEDDING, ModelConfig, TreeConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from distcond.config import (
     Storage,
     TreeConfig,
 )
-from distcond.nn.cost import model_cost, tree_cost
+from distcond.config.cost import model_cost, tree_cost
 from distcond.nn.model import Learner, build_learner
 from tests.trees import random_tree
 
