@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from distcond.bench.report import Row
 from distcond.bench.timing import CPU, time_beside_limits
+from distcond.bench.work import zipf
 from distcond.nn import FlatTree, TreeLinear, flatten
 
-ZIPF = 1.1
-"Exponent of the leaves' frequencies."
 COLD_NUMBERS = 2**25
 "Numbers in the copies of a dense layer that take turns: 128 MiB, so that each comes from memory."
 SINGLE_TOKENS = 64
@@ -64,8 +63,7 @@ def zipf_tree(depth: int, width: int, tokens: int) -> tuple[TreeLinear, Tensor]:
     layer.weight.normal_(std=width**-0.5)
     assert layer.gate is not None
     layer.gate.weight.copy_(torch.eye(depth, width))
-    frequency = 1.0 / torch.arange(1, 2**depth + 1) ** ZIPF
-    leaf_T = torch.randperm(2**depth)[torch.multinomial(frequency, tokens, replacement=True)]
+    leaf_T = torch.randperm(2**depth)[torch.multinomial(zipf(2**depth), tokens, replacement=True)]
     bits_TK = (leaf_T[:, None] >> torch.arange(depth - 1, -1, -1)) & 1
     x = torch.randn(tokens, width)
     x[:, :depth] = x[:, :depth].abs() * (2 * bits_TK - 1)

@@ -78,7 +78,7 @@ class _Table:
         layer = TreeLinear(WIDTH, WIDTH, DEPTH, FULL_DEPTH, RANK, gate="hash", gate_gradient="none", storage="lazy")
         world = Collective()
         self.layer, self.rank = layer, world.rank
-        self.rows = ShardedRows(layer, RowAdam(layer), world=world, expert=Collective(), replica=_alone())
+        self.rows = ShardedRows(layer, RowAdam(layer), world=world, expert=Collective(), replica=Collective.alone())
         torch.manual_seed(1 + self.rank)
         self.tokens, self.grad = torch.randn(num_tokens, WIDTH), torch.randn(TOKENS, WIDTH)
 
@@ -116,10 +116,3 @@ class _Table:
     def _draw(self) -> Tensor:
         """Tokens of a step, no two of them the same."""
         return self.tokens[torch.randperm(len(self.tokens))[:TOKENS]]
-
-
-def _alone() -> Collective:
-    """A group of this rank alone."""
-    group = Collective()
-    group.rank, group.size = 0, 1
-    return group

@@ -1,6 +1,6 @@
 """`TreeLinear` against the least that its arithmetic and its memory traffic can take, and against a dense layer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +20,9 @@ from distcond.bench.rivals.layers import (
     against_mixtral,
 )
 from distcond.bench.timing import CPU, Place, places, time_beside_limits
+from distcond.bench.work import passes, zipf
 from distcond.nn import TreeLinear
 from distcond.ops import TreePath
-from distcond.optim import RowAdam
-
-ZIPF = 1.1
-"Exponent of the leaves' frequencies where they are not uniform."
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +70,7 @@ def _row(case: Case, place: Place) -> Row:
     torch.manual_seed(0)
     layer, x = prepared_layer(case, place)
     dense, grad = nn.Linear(case.width, case.width).to(place.device, place.dtype), torch.randn_like(x)
-    times, machine = time_beside_limits({"tree": _step(layer, x, grad), "dense": _step(dense, x, grad)}, place)
+    times, machine = time_beside_limits({"tree": passes(layer, x, grad), "dense": passes(dense, x, grad)}, place)
     floor = machine.floor_ms(*work_of(case, layer, x))
     return {
         "device": place.device.type,
@@ -100,8 +97,7 @@ def prepared_layer(case: Case, place: Place = CPU) -> tuple[TreeLinear, Tensor]:
     layer = TreeLinear(*shape, gate="hash", gate_gradient=case.gate_gradient, storage="lazy").to(place.device)
     x = torch.randn(case.tokens, case.width)
     if case.leaves == "zipf":  # some tokens come again, and with them their leaves
-        frequency = 1.0 / torch.arange(1, case.tokens + 1) ** ZIPF
-        x = x[torch.multinomial(frequency, case.tokens, replacement=True)].contiguous()
+        x = x[torch.multinomial(zipf(case.tokens), case.tokens, replacement=True)].contiguous()
     x = x.to(place.device, place.dtype).requires_grad_()
     layer(x).sum().backward()
     layer.eval()
@@ -121,15 +117,3 @@ def work_of(case: Case, layer: TreeLinear, x: Tensor) -> tuple[float, float]:
     macs = case.width**2 + (case.depth - case.full_depth) * 2 * case.rank * case.width
     flops = 2 * case.tokens * (3 * macs + case.depth * case.width)
     return float(flops), 8.0 * numbers
-
-
-def _step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
-    rows = RowAdam(layer)
-
-    def step() -> None:
-        layer(x).backward(grad)
-        x.grad = None
-        layer.zero_grad()
-        rows.zero_grad()
-
-    return step

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from distcond.nn.tree import TreeLinear
 from distcond.nn.tree_input import as_rows
+from distcond.nn.tree_product import full_precision
 from distcond.ops import leaf_index
 
 MOST_LEAVES = 2**20
@@ -43,13 +44,11 @@ class FlatTree(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                return self.forward(x)
         x_TQ = as_rows(x.detach(), self.in_features)
         # NOTE: nothing here asks for a gradient; `torch.no_grad()` would cost a single token a tenth of its time.
-        gates_TK = nn.functional.linear(x_TQ.to(self.planes.dtype), self.planes, -self.thresholds)
-        y_TP = self._one(x_TQ, gates_TK[0].tolist()) if len(x_TQ) == 1 else self._many(x_TQ, leaf_index(gates_TK > 0))
+        with full_precision(x):
+            gates_TK = nn.functional.linear(x_TQ.to(self.planes.dtype), self.planes, -self.thresholds)
+            y_TP = self._one(x_TQ, gates_TK[0].tolist()) if len(x_TQ) == 1 else self._many(x_TQ, leaf_index(gates_TK > 0))
         return y_TP.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def _one(self, x_TQ: Tensor, gates_K: list[float]) -> Tensor:

@@ -18,10 +18,10 @@ from distcond.table.plan import SubtreePlan
 
 
 class Visits(NamedTuple):
-    """Tokens that asked for nodes which do not exist."""
+    """Tokens by what they were routed to: missing nodes, where growth is counted; leaves, where loads are."""
 
     keys_G: Tensor
-    "int64, node ids, ascending and distinct."
+    "int64, node ids or leaves, ascending and distinct."
     count_G: Tensor
     "int64, tokens."
 

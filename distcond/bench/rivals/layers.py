@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from distcond.bench.ranks import on_ranks
 from distcond.bench.report import Row
 from distcond.bench.timing import Timing, time_in_turn
+from distcond.bench.work import passes
 from distcond.nn import TreeLinear
 from distcond.optim import RowAdam
 from distcond.table import Collective, SubtreePlan
@@ -123,10 +124,10 @@ def _against(name: str, make: Callable[[Shape], nn.Module], shapes: Sequence[Sha
     for shape in shapes:
         torch.manual_seed(0)
         rival, tree = make(shape), _tree(shape)
-        x, grad = torch.randn(shape.tokens, shape.width), torch.randn(shape.tokens, shape.width)
-        for passes, step in (("forward, backward", _passes), ("forward, backward, update", _update)):
+        x, grad = torch.randn(shape.tokens, shape.width, requires_grad=True), torch.randn(shape.tokens, shape.width)
+        for what, step in (("forward, backward", passes), ("forward, backward, update", _update)):
             times = time_in_turn({"rival": step(rival, x, grad), "tree": step(tree, x, grad)})
-            yield _row(name, shape, 1, passes, times)
+            yield _row(name, shape, 1, what, times)
 
 
 def _row(name: str, shape: Shape, num_ranks: int, passes: str, times: dict[str, Timing]) -> Row:
@@ -150,25 +151,10 @@ def _tree(shape: Shape) -> TreeLinear:
     return TreeLinear(shape.width, shape.width, shape.depth, gate_gradient=GATE_GRADIENT, storage="lazy")
 
 
-def _passes(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
-    """Forward and backward."""
-    rows = RowAdam(layer)
-    x = x.clone().requires_grad_()
-
-    def step() -> None:
-        layer(x).backward(grad)
-        x.grad = None
-        layer.zero_grad()
-        rows.zero_grad()
-
-    return step
-
-
 def _update(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
     """The same and Adam: torch's fused one, and by rows where there are rows."""
     adam = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], LR, fused=True)
     rows = RowAdam(layer, LR)
-    x = x.clone().requires_grad_()
 
     def step() -> None:
         layer(x).backward(grad)
@@ -187,5 +173,5 @@ def time_on_two_ranks(shape: Shape) -> dict[str, Timing]:
     rival, tree = DeepSpeedMoE(shape, collective.size), _tree(shape)
     tree.shard(SubtreePlan.make(shape.depth, collective.size), collective)
     torch.manual_seed(1 + collective.rank)
-    x, grad = torch.randn(shape.tokens, shape.width), torch.randn(shape.tokens, shape.width)
-    return time_in_turn({"rival": _passes(rival, x, grad), "tree": _passes(tree, x, grad)})
+    x, grad = torch.randn(shape.tokens, shape.width, requires_grad=True), torch.randn(shape.tokens, shape.width)
+    return time_in_turn({"rival": passes(rival, x, grad), "tree": passes(tree, x, grad)})

@@ -1,0 +1,29 @@
+"""Work that several benches time: passes of a layer; and how often leaves come where they are not uniform."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from distcond.optim import RowAdam
+
+ZIPF = 1.1
+"Exponent of the frequencies."
+
+
+def passes(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
+    """Forward and backward, whose gradients are forgotten; x asks for one."""
+    rows = RowAdam(layer)
+
+    def step() -> None:
+        layer(x).backward(grad)
+        x.grad = None
+        layer.zero_grad()
+        rows.zero_grad()
+
+    return step
+
+
+def zipf(number: int) -> Tensor:
+    """Relative frequencies of so many leaves, the most frequent first."""
+    return 1.0 / torch.arange(1, number + 1) ** ZIPF
