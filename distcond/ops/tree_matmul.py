@@ -13,13 +13,14 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from distcond.ops import native
+from distcond.ops import fused, fused_rows, native
 from distcond.ops.batched import batched_backward, batched_forward
 from distcond.ops.batched_path import batched_path
 from distcond.ops.gathered import add_gathered, gathered_backward
 from distcond.ops.grouped import add_grouped_product, add_to_groups, grouped_outer, grouped_product
 from distcond.ops.merged import bias_gradient, merged_product, merged_product_backward, weight_gradient
 from distcond.ops.path import Level, NodeTensors, Schedule, TreePath, calls_are_cheap, pick
+from distcond.ops.per_level import PerLevel
 
 
 def leaf_index(bits_TK: Tensor) -> Tensor:
@@ -33,12 +34,16 @@ def tree_leaf(gates_TMK: Tensor) -> Tensor:
     """Leaves tree << K | b_1 b_2 ... b_K, int64 [T * M], of gates of M trees; a bit is whether its gate is above 0."""
     if native.computes(gates_TMK):
         return native.leaf_of(gates_TMK)
+    if fused_rows.serves(gates_TMK):
+        return fused_rows.leaf_of(gates_TMK)
     trees_M = torch.arange(gates_TMK.shape[1], device=gates_TMK.device)
     return (leaf_index(gates_TMK > 0) + (trees_M << gates_TMK.shape[2])).flatten()
 
 
 def tree_path(leaf_T: Tensor, depth: int, num_trees: int = 1) -> TreePath:
     """`TreePath.of`, by the kernels that are chosen; the native ones know one tree."""
+    if len(leaf_T) and fused_rows.serves(leaf_T):
+        return fused_rows.path_of(leaf_T, depth, num_trees)
     if not calls_are_cheap(leaf_T):
         return batched_path(leaf_T, depth, num_trees)
     if native.kernels() == "native" and num_trees == 1 and len(leaf_T) and leaf_T.device.type == "cpu":
@@ -54,6 +59,8 @@ def tree_forward(x_TQ: Tensor, path: TreePath, rows: Sequence[Tensor], nodes: No
     """
     if not len(x_TQ):
         return x_TQ.new_zeros(0, nodes.bias_SP.shape[1])
+    if fused.serves(x_TQ, path, nodes):
+        return fused.fused_forward(x_TQ, path, PerLevel.of(rows), nodes, schedule.full_depth)
     if not calls_are_cheap(x_TQ):
         return batched_forward(x_TQ, path, rows, nodes, schedule)
     if path.nodes.bounds[1] == 1 and native.serves(x_TQ, nodes):
@@ -95,6 +102,8 @@ def tree_backward(
     """
     if not len(x_TQ):
         return torch.zeros_like(x_TQ), x_TQ.new_zeros(0, len(rows) - 1)
+    if fused.serves(x_TQ, path, nodes):
+        return fused.fused_backward(x_TQ, grad_TP, path, PerLevel.of(rows), nodes, schedule.full_depth, gate_levels, out)
     if not calls_are_cheap(x_TQ):
         return batched_backward(x_TQ, grad_TP, path, rows, nodes, schedule, gate_levels, out)
     if path.nodes.bounds[1] == 1 and native.serves(x_TQ, nodes):

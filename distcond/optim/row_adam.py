@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from distcond.nn.tree import TreeLinear
-from distcond.ops import calls_are_cheap, native
+from distcond.ops import calls_are_cheap, fused_rows, native
 from distcond.table import Collective, NodeTable, RowStore, admit
 
 WIDE_ROW = 2**13
@@ -134,8 +134,17 @@ class RowAdam:
         update = self._update_rows if is_wide else self._update_blocks
         if native.computes(data_S, grad_G) and data_S.is_contiguous():
             update = self._update_compiled
+        if fused_rows.serves(data_S, grad_G, rows_G) and data_S.is_contiguous() and data_S.dtype == torch.float32:
+            update = self._update_fused
         update(data_S, state, rows_G, grad_G, clock_G, missed_G)
         state["clock"].index_copy_(0, rows_G, clock_G + 1)
+
+    def _update_fused(
+        self, data_S: Tensor, state: dict[str, Tensor], rows_G: Tensor, grad_G: Tensor, clock_G: Tensor, missed_G: Tensor | None
+    ) -> None:
+        """Rows of any width, by a kernel of a GPU: one pass over memory."""
+        moments, clock_S = (state["exp_avg"], state["exp_avg_sq"]), state["clock"]
+        fused_rows.adam(data_S, moments, rows_G, grad_G, clock_S, missed_G, lr=self.lr, betas=self.betas, eps=self.eps)
 
     def _update_compiled(
         self, data_S: Tensor, state: dict[str, Tensor], rows_G: Tensor, grad_G: Tensor, clock_G: Tensor, missed_G: Tensor | None

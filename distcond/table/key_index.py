@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from distcond.ops import native
+from distcond.ops import fused_rows, native
 
 SMALL = 4096
 "Keys that are sorted anew rather than kept apart: 0.2 ms."
@@ -32,6 +32,8 @@ class KeyIndex:
         """Place of each key, int64, -1 where there is none."""
         if native.looks_up(keys_G):
             return native.find(keys_G, self._runs)
+        if fused_rows.serves(keys_G):
+            return fused_rows.find(keys_G, self._runs)
         found_G = torch.full_like(keys_G, -1)
         for keys_N, places_N in self._runs:
             if len(keys_N):
