@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from distcond.bench.large import bench_large
 from distcond.bench.report import Row
 from distcond.bench.rivals import against, fbgemm
-from distcond.bench.timing import time_beside_limits, time_in_turn
+from distcond.bench.timing import CPU, Place, places, time_beside_limits, time_in_turn
 from distcond.optim.row_adam import RowAdam, add_state
 from distcond.table import RowStore
 
@@ -29,10 +29,12 @@ def bench_table(quick: bool = False, large: bool = False) -> Iterator[Row]:
 
     large: also a table of 10^9 numbers on two ranks, which takes 12 GB with its moments.
     """
+    place = places()[0]
     for touched, width in QUICK_ROWS if quick else ROWS:
-        times, machine = time_beside_limits({"update": _update(touched, width)})
+        times, machine = time_beside_limits({"update": _update(touched, width, place)}, place)
         floor = machine.floor_ms(0.0, PASSES * 4.0 * touched * width)
-        yield _row("update", 2 * touched, touched, width, times["update"].median, floor, "floor")
+        what = "update" if place == CPU else "update on the GPU"
+        yield _row(what, 2 * touched, touched, width, times["update"].median, floor, "floor")
     sizes = QUICK_SIZES if quick else SIZES
     times = time_in_turn({str(size): _step(size) for size in sizes})
     for size in sizes:
@@ -57,18 +59,18 @@ def _row(what: str, nodes: int, touched: int, width: int, time: float, other: fl
     return {"what": what, **sizes, "ms": time, "against": name, "its ms": other, "ratio": time / other}
 
 
-def _store(size: int, width: int) -> RowStore:
-    store = RowStore(width)
-    for keys in torch.arange(size).split(2**14):
-        store.append(keys, torch.zeros(len(keys), width))
+def _store(size: int, width: int, place: Place = CPU) -> RowStore:
+    store = RowStore(width, place.device)
+    for keys in torch.arange(size, device=place.device).split(2**14):
+        store.append(keys, torch.zeros(len(keys), width, device=place.device))
     add_state(store)
     for value in store.state.values():
         value.fill_(1)  # takes the memory
     return store
 
 
-def _update(touched: int, width: int) -> Callable[[], None]:
-    store, rows, grad, optimizer = _touched(touched, width)
+def _update(touched: int, width: int, place: Place = CPU) -> Callable[[], None]:
+    store, rows, grad, optimizer = _touched(touched, width, place)
     return lambda: optimizer.step_rows([(store, rows, grad)])
 
 
@@ -85,11 +87,12 @@ def _lookup_and_update(touched: int, width: int) -> Callable[[], None]:
     return step
 
 
-def _touched(touched: int, width: int) -> tuple[RowStore, Tensor, Tensor, RowAdam]:
+def _touched(touched: int, width: int, place: Place = CPU) -> tuple[RowStore, Tensor, Tensor, RowAdam]:
     """A store, every other row of it by chance, a gradient for these."""
     torch.manual_seed(0)
-    rows = torch.randperm(2 * touched)[:touched].sort().values
-    return _store(2 * touched, width), rows, torch.randn(touched, width), RowAdam(nn.Module())
+    rows = torch.randperm(2 * touched)[:touched].sort().values.to(place.device)
+    grad_GW = torch.randn(touched, width).to(place.device)
+    return _store(2 * touched, width, place), rows, grad_GW, RowAdam(nn.Module())
 
 
 def _step(size: int) -> Callable[[], None]:

@@ -77,7 +77,7 @@ def time_in_turn(functions: Mapping[str, Callable[[], object]], repeats: int = R
 def time_beside_limits(functions: Mapping[str, Callable[[], object]], place: Place = CPU) -> tuple[dict[str, Timing], Machine]:
     """`time_in_turn`, and what the machine could do meanwhile: a square product and a copy, timed in the same rounds."""
     size = GEMM_SIZE if place.device.type == "cpu" else DEVICE_GEMM_SIZE
-    left, right = torch.randn(2, size, size).to(place.device, place.dtype).unbind()
+    left, right = torch.randn(2, size, size, device=place.device, dtype=place.dtype).unbind()
     product, source = torch.empty_like(left), torch.ones(COPY_NUMBERS, device=place.device)
     target = torch.zeros_like(source)
     limits = {"a product": lambda: torch.mm(left, right, out=product), "a copy": lambda: target.copy_(source)}
