@@ -1,9 +1,10 @@
 """What holds for every test, and the run that several of them read."""
 
+import gc
 import os
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -11,11 +12,17 @@ if TYPE_CHECKING:
     from distcond.config import Config
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: tensors are small here, and ranks share cores
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when `datasets` is imported; asking a hub that is out of reach takes 20 s
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup; the commands under test would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ON_DEMAND = ("slow", "gpu", "hosts")
 "Marks of tests that run only where `-m` names the mark; `-m 'not ray'` leaves them out too."
+
+STARTING_RANKS = ("tests/train/", "tests/golden/", "tests/test_evaluate.py", "tests/test_bench.py", "tests/optim/test_growth.py")
+"Files that fork ranks from a server (tests/helpers.py); under `-n 2` they share one worker, hence one server and one `text_run`."
+
+gc.disable()  # until all is collected: what is imported is there to stay, and to look through it again takes 5% of the time
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -23,6 +30,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if any(item.get_closest_marker(mark) and mark not in asked for mark in ON_DEMAND)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """As --dist=loadfile, with the files of STARTING_RANKS as one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ranks" if nodeid.startswith(STARTING_RANKS) else super()._split_scope(nodeid)
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -24,10 +24,16 @@ from distcond.train.run_folder import RunFolder
 HANG_S = 240.0
 "Ranks that take longer than this hang; the slowest work takes 20 s on two cores."
 
-# NOTE: ranks are forked from a server that has imported everything (which costs a rank 5 s; the second name
-# is what its first step would import), so a launch costs 0.3 s and every launch has fresh processes.
+# NOTE: ranks are forked from a server that has imported everything (which costs a rank 5 s; some names are what its first
+# step would import), so a launch of two ranks costs 0.15 s of processor time and every launch has fresh processes.
 _ranks = multiprocessing.get_context("forkserver")
-_ranks.set_forkserver_preload(["distcond.train.loop", "torch._dynamo"])
+_ranks.set_forkserver_preload(
+    [
+        *("distcond.train.loop", "torch._dynamo", "numpy.ctypeslib"),
+        *("deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.superoffload.superoffload_stage3"),
+        *("pytest", "tests.helpers", "tests.train.traces", "tests.train.foreign"),
+    ]
+)
 
 
 def run_ranks(work: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:

@@ -36,6 +36,7 @@ def test_a_dry_run_to_ray_shows_the_request_the_files_and_the_configuration(
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "a-secret")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     overrides = ["cluster=ray", "cluster.address=http://127.0.0.1:1", "run.name=a-run", f"run.dir={tmp_path}", "seed=7"]
     assert submit("train", compose(overrides), overrides, dry_run=True) == 0
     shown = capsys.readouterr().out

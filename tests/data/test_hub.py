@@ -13,10 +13,9 @@ from distcond.errors import DataError
 
 
 @pytest.fixture(scope="module", autouse=True)
-def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """`datasets` reads these where it is imported, which is in the first of these tests."""
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """`datasets` reads this where it is imported, as a rule in the first of these tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("huggingface")))
         yield
 
