@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from distcond.nn import TreeLinear
+from tests.pairs import every_pair
 from tests.trees import random_tree, token_by_token, tokens
 
 DEPTH, IN, OUT = 2, 6, 6
@@ -26,13 +27,14 @@ def make_forest(depth: int = DEPTH, **options: Any) -> TreeLinear:
 # ---- one matrix per leaf of a tree -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", FORESTS)
-@pytest.mark.parametrize("gate", ["linear", "hash", "sign"])
-@pytest.mark.parametrize("gate_gradient", ["straight_through", "sampled", "none"])
-@pytest.mark.parametrize(("storage", "dtype"), [("dense", torch.float64), ("lazy", torch.float32)])
+@pytest.mark.parametrize(
+    ("options", "gate", "gate_gradient", "storage"),
+    every_pair(FORESTS, ["linear", "hash", "sign"], ["straight_through", "sampled", "none"], ["dense", "lazy"]),
+)
 def test_output_is_the_effective_weight_of_each_trees_leaf_times_x(
-    storage: str, dtype: torch.dtype, gate_gradient: str, gate: str, options: dict[str, Any]
+    options: dict[str, Any], gate: str, gate_gradient: str, storage: str
 ) -> None:
+    dtype = torch.float64 if storage == "dense" else torch.float32
     layer = make_forest(storage=storage, dtype=dtype, gate=gate, gate_gradient=gate_gradient, **options)
     x = tokens(9, IN).to(dtype)
     # float32: 3 levels x 6 products, each rounded by at most 6e-8 of partial sums below 20.
@@ -115,11 +117,14 @@ def trees_of(forest: TreeLinear, **options: Any) -> list[TreeLinear]:
     return trees
 
 
-@pytest.mark.parametrize("options", FORESTS)
-@pytest.mark.parametrize("gate", ["linear", "hash", "sign"])
-@pytest.mark.parametrize("gate_gradient", ["straight_through", "sampled", "magnitude", "flip", "none"])
-@pytest.mark.parametrize("storage", ["dense", "lazy"])
-def test_a_forest_is_as_many_layers_of_one_tree(storage: str, gate_gradient: str, gate: str, options: dict[str, Any]) -> None:
+GRADIENTS = ["straight_through", "sampled", "magnitude", "flip", "none"]
+
+
+@pytest.mark.parametrize(
+    ("options", "storage", "gate_gradient", "gate"),
+    every_pair(FORESTS, ["dense", "lazy"], GRADIENTS, ["linear", "hash", "sign"]),
+)
+def test_a_forest_is_as_many_layers_of_one_tree(options: dict[str, Any], storage: str, gate_gradient: str, gate: str) -> None:
     """Forward, and the gradients of input, gates and every node."""
     options = options | {"storage": storage, "gate_gradient": gate_gradient}
     forest = make_forest(gate=gate, **options)

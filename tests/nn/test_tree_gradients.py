@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from distcond.nn import TreeLinear
 from distcond.nn.tree_product import TreeProduct
 from distcond.optim import RowAdam
+from tests.pairs import every_pair
 from tests.trees import nodes_of, path, random_tree, tokens
 
 SHAPES: list[dict[str, Any]] = [{}, {"bias": False}, {"full_depth": 0, "rank": 2}, {"full_depth": 1, "rank": 1, "bias": False}]
@@ -71,13 +72,12 @@ def surrogate(layer: TreeLinear, x: Tensor, gate_weight: Tensor) -> Tensor:
     return torch.stack(outputs)
 
 
-@pytest.mark.parametrize("options", SHAPES)
-@pytest.mark.parametrize("storage", ["dense", "lazy"])
-@pytest.mark.parametrize("gate", ["linear", "hash", "sign"])
-@pytest.mark.parametrize("gate_gradient", ["straight_through", "magnitude", "flip"])
-def test_gradient_and_output_are_those_of_the_formula(
-    gate_gradient: str, gate: str, storage: str, options: dict[str, Any]
-) -> None:
+GATES = [(gate, gradient) for gate in ("linear", "hash", "sign") for gradient in ("straight_through", "magnitude", "flip")]
+
+
+@pytest.mark.parametrize(("kind", "options", "storage"), every_pair(GATES, SHAPES, ["dense", "lazy"]))
+def test_gradient_and_output_are_those_of_the_formula(kind: tuple[str, str], options: dict[str, Any], storage: str) -> None:
+    gate, gate_gradient = kind
     layer = random_tree(4, storage=storage, gate=gate, gate_gradient=gate_gradient, **options)
     assert layer.gate is not None
     x = tokens(12).requires_grad_()
@@ -95,10 +95,8 @@ def test_gradient_and_output_are_those_of_the_formula(
     assert wanted_planes.abs().max() > 0.1  # there was something to learn
 
 
-@pytest.mark.parametrize("options", SHAPES)
-@pytest.mark.parametrize("gate", ["linear", "sign"])
-@pytest.mark.parametrize("depth", [1, 3])
-def test_all_gradients_of_magnitude_are_finite_differences(depth: int, gate: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("options", "depth", "gate"), every_pair(SHAPES, [1, 3], ["linear", "sign"]))
+def test_all_gradients_of_magnitude_are_finite_differences(options: dict[str, Any], depth: int, gate: str) -> None:
     if "full_depth" in options:
         options = options | {"full_depth": min(options["full_depth"], depth)}
     layer = random_tree(depth, sizes=(3, 2), gate=gate, gate_gradient="magnitude", **options).eval()

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distcond.nn import TreeLinear
 from distcond.nn.gates import Gate
+from tests.pairs import every_pair
 from tests.trees import random_tree, tokens
 
 LAYERS = [
@@ -17,6 +18,14 @@ LAYERS = [
     for storage in ("dense", "lazy")
     for gate in ("linear", "hash", "sign")
     for gradient in ("straight_through", "sampled", "magnitude", "none")
+]
+# Each precision with every two of storage, gate and gradient.
+HALF = [
+    (dtype, {"storage": storage, "gate": gate, "gate_gradient": gradient})
+    for dtype in (torch.bfloat16, torch.float16)
+    for gradient, gate, storage in every_pair(
+        ["straight_through", "sampled", "magnitude", "none"], ["linear", "hash", "sign"], ["dense", "lazy"]
+    )
 ]
 SHAPE: dict[str, Any] = {"full_depth": 2, "rank": 2, "dtype": torch.float32}
 
@@ -43,8 +52,7 @@ def test_every_layer_takes_an_empty_batch_and_any_layout(options: dict[str, str]
         assert y.shape == (*shape, 4) and grad_x.shape == (*shape, 5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", LAYERS, ids=lambda options: "-".join(options.values()))
+@pytest.mark.parametrize(("dtype", "options"), HALF)
 def test_half_precision_input_of_float32_nodes_is_rounded_once(options: dict[str, str], dtype: torch.dtype) -> None:
     layer = random_tree(4, **SHAPE, **options).eval()
     half, grad = tokens(24).to(dtype), tokens(24, 4, seed=2).to(dtype)
@@ -55,8 +63,7 @@ def test_half_precision_input_of_float32_nodes_is_rounded_once(options: dict[str
     torch.testing.assert_close(grad_x.float(), grad_full, rtol=0, atol=3 * rounding * float(grad_full.abs().max()))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", LAYERS, ids=lambda options: "-".join(options.values()))
+@pytest.mark.parametrize(("dtype", "options"), HALF)
 def test_a_half_precision_layer_computes_what_its_rounded_weights_say(options: dict[str, str], dtype: torch.dtype) -> None:
     layer = random_tree(4, **SHAPE, **options).to(dtype).eval()
     x, grad = tokens(24).to(dtype), tokens(24, 4, seed=2).to(dtype)

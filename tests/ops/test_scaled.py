@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distcond.ops import NodeTensors, scaled_backward, scaled_forward
-from tests.ops.test_tree_matmul import DETAILS, EXACT, SHAPES, assert_rows_hold, make_case, naive, schedules
+from tests.ops.test_tree_matmul import CASES, EXACT, assert_rows_hold, make_case, naive, schedules
 
 
 def factors(tokens: int, depth: int) -> torch.Tensor:
@@ -14,8 +14,7 @@ def factors(tokens: int, depth: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("missing", [0.0, 0.5])
-@pytest.mark.parametrize("details", DETAILS)
-@pytest.mark.parametrize(("depth", "full_depth"), SHAPES)
+@pytest.mark.parametrize(("depth", "full_depth", "details"), CASES)
 def test_forward_is_the_scaled_sum_along_each_tokens_path(
     depth: int, full_depth: int, details: dict[str, Any], missing: float
 ) -> None:
@@ -27,8 +26,7 @@ def test_forward_is_the_scaled_sum_along_each_tokens_path(
         torch.testing.assert_close(y, expected, **EXACT)
 
 
-@pytest.mark.parametrize("details", DETAILS)
-@pytest.mark.parametrize(("depth", "full_depth"), SHAPES)
+@pytest.mark.parametrize(("depth", "full_depth", "details"), CASES)
 def test_backward_is_the_gradient_of_the_scaled_sum(depth: int, full_depth: int, details: dict[str, Any]) -> None:
     case = make_case(depth, full_depth, **details)
     x, scale = case.x.clone().requires_grad_(), factors(len(case.leaf), depth).requires_grad_()

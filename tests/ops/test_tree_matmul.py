@@ -143,6 +143,8 @@ DETAILS = [
     {"trees": 3, "tokens": 7},
     {"trees": 2, "tokens": 1, "bias": 0},
 ]
+# Every shape with the first details; every detail with three of them, in which full and low-rank levels meet.
+CASES = [*((*shape, DETAILS[0]) for shape in SHAPES), *((*shape, details) for shape in SHAPES[2:7:2] for details in DETAILS[1:])]
 
 
 def schedules(case: Case) -> list[Schedule]:
@@ -196,10 +198,7 @@ def assert_rows_hold(
         torch.testing.assert_close(tensor, stored[torch.cat(rows)], **bounds)
 
 
-@pytest.mark.parametrize(
-    ("depth", "full_depth", "details"),
-    [*((*shape, DETAILS[0]) for shape in SHAPES), *((*shape, details) for shape in SHAPES[2:7:2] for details in DETAILS[1:])],
-)
+@pytest.mark.parametrize(("depth", "full_depth", "details"), CASES)
 def test_backward_is_the_gradient_of_the_sum(depth: int, full_depth: int, details: dict) -> None:
     case = make_case(depth, full_depth, **details)
     x = case.x.clone().requires_grad_()

@@ -13,6 +13,7 @@ import distcond.optim.row_adam as row_adam
 from distcond.nn import TreeLinear
 from distcond.optim import RowAdam
 from distcond.table import RowStore
+from tests.pairs import every_pair
 from tests.trees import nodes_of, tokens
 
 OPTIONS: list[dict[str, Any]] = [{}, {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-2}, {"weight_decay": 0.3}, {"betas": (0.0, 0.99)}]
@@ -27,10 +28,8 @@ def make_layer(depth: int = 3, seed: int = 0, **options: Any) -> TreeLinear:
 # ---- against torch ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("storage", ["dense", "lazy"])
-def test_a_row_touched_at_every_step_has_torchs_adam(storage: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("options", "storage", "dtype"), every_pair(OPTIONS, ["dense", "lazy"], [torch.float32, torch.float64]))
+def test_a_row_touched_at_every_step_has_torchs_adam(options: dict[str, Any], storage: str, dtype: torch.dtype) -> None:
     layer = make_layer(0, storage=storage).to(dtype)
     linear = nn.Linear(5, 4).to(dtype)
     with torch.no_grad():
@@ -169,10 +168,14 @@ def test_untouched_nodes_stay_as_they_are(storage: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gate", "dtype", "weight_decay"),
-    [("linear", torch.float64, 0.3), ("hash", torch.float64, 0.0), ("linear", torch.float32, 0.0), ("hash", torch.float32, 0.3)],
+    ("options", "gate", "dtype", "weight_decay"),
+    every_pair(
+        [*SHAPES, {"full_depth": 1, "rank": 2, "num_trees": 2}, {"num_trees": 4}],
+        ["linear", "hash"],
+        [torch.float64, torch.float32],
+        [0.3, 0.0],
+    ),
 )
-@pytest.mark.parametrize("options", [*SHAPES, {"full_depth": 1, "rank": 2, "num_trees": 2}, {"num_trees": 4}])
 def test_lazy_equals_dense_after_any_number_of_steps(
     options: dict[str, Any], gate: str, dtype: torch.dtype, weight_decay: float
 ) -> None:
