@@ -1,6 +1,7 @@
 """ShardedRows among ranks in threads: any number of ranks trains the table that one rank would."""
 
 import copy
+from functools import cache
 from typing import Any
 
 import pytest
@@ -61,6 +62,17 @@ def train(rank: int, groups: Groups, layer: TreeLinear, counts: list[int], shard
     return {"norms": norms, "outputs": outputs, "gates": gates, "mean": layer.gate.running_mean, "held": held, "layer": layer}
 
 
+def make(shape: int) -> TreeLinear:
+    torch.manual_seed(0)
+    return TreeLinear(5, OUT, DEPTH, storage="lazy", **SHAPES[shape]).double()
+
+
+@cache
+def train_alone(shape: int) -> dict[str, Any]:
+    groups, layer = Groups(1, 1), make(shape)
+    return groups.run(lambda rank: train(rank, groups, layer, [BATCH], None))[0]
+
+
 # Every placement with three shapes, every shape with four placements.
 PAIRS = [(shape, place) for shape in range(len(SHAPES)) for place in range(len(PLACEMENTS)) if (shape + place) % 2]
 
@@ -69,11 +81,7 @@ PAIRS = [(shape, place) for shape in range(len(SHAPES)) for place in range(len(P
 def test_any_number_of_ranks_trains_the_table_that_one_rank_would(
     counts: list[int], expert: int, shard_level: int | None, options: dict[str, Any]
 ) -> None:
-    torch.manual_seed(0)
-    layer = TreeLinear(5, OUT, DEPTH, storage="lazy", **options).double()
-    alone_groups = Groups(1, 1)
-    alone_layer = copy.deepcopy(layer)
-    alone = alone_groups.run(lambda rank: train(rank, alone_groups, alone_layer, [BATCH], None))[0]
+    alone, layer = train_alone(SHAPES.index(options)), make(SHAPES.index(options))
     groups = Groups(len(counts), expert)
     copies = [copy.deepcopy(layer) for _ in counts]
     ranks = groups.run(lambda rank: train(rank, groups, copies[rank], counts, shard_level))

@@ -32,10 +32,20 @@ class CrashingFeeder(LocalFeeder):
         return super().get(step, micro)
 
 
-def crash_here(config: Config) -> str:
-    with pytest.raises(ConnectionError) as error:
-        train_here(config, CrashingFeeder)
-    return str(error.value)
+def train_and_crash(configs: list[tuple[Config, Config]]) -> list[str]:
+    """Train the first of each pair to its end; what the other one failed with."""
+    failures = []
+    for straight, broken in configs:
+        train_here(straight)
+        with pytest.raises(ConnectionError) as error:
+            train_here(broken, CrashingFeeder)
+        failures.append(str(error.value))
+    return failures
+
+
+def train_all(configs: list[Config]) -> None:
+    for config in configs:
+        train_here(config)
 
 
 def digests(checkpoint: Path) -> dict[str, str]:
@@ -65,24 +75,38 @@ OPTIONS = {
 GROWS_AND_MOVES = {"model__tree__min_visits": 9, "model__tree__max_nodes": 9, "cluster__rebalance_every": 3}
 
 
-@pytest.mark.parametrize(
-    ("make", "stage", "changes"), [(small_config, 0, {}), (text_config, 2, GROWS_AND_MOVES), (small_config, 3, {})]
-)
-def test_resumed_run_is_the_uninterrupted_one(
-    tmp_path: Path, make: Callable[..., Config], stage: int, changes: dict[str, Any]
-) -> None:
-    options = {"optim__zero_stage": stage, **OPTIONS, **changes}
-    straight, broken = (make(tmp_path, run__name=name, **options) for name in ("straight", "broken"))
-    train_run(straight)
-    assert run_ranks(crash_here, 2, broken) == ["the cable is out"] * 2
-    assert (tmp_path / "broken/checkpoints/latest").read_text() == "step_00000004\n"
-    train_run(broken)
+RESUMED: dict[str, tuple[Callable[..., Config], dict[str, Any]]] = {
+    "parity, ZeRO 0": (small_config, {"optim__zero_stage": 0}),
+    "text, ZeRO 2, growing and moving": (text_config, {"optim__zero_stage": 2, **GROWS_AND_MOVES}),
+    "parity, ZeRO 3": (small_config, {"optim__zero_stage": 3}),
+}
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders with an uninterrupted run and one that was resumed, by other processes than those it broke in."""
+    folders = {name: tmp_path_factory.mktemp("resumed") for name in RESUMED}
+    pairs = [
+        tuple(make(folders[name], run__name=run, **OPTIONS, **changes) for run in ("straight", "broken"))
+        for name, (make, changes) in RESUMED.items()
+    ]
+    assert run_ranks(train_and_crash, 2, pairs) == [["the cable is out"] * len(pairs)] * 2
+    for folder in folders.values():
+        assert (folder / "broken/checkpoints/latest").read_text() == "step_00000004\n"
+    run_ranks(train_all, 2, [broken for _, broken in pairs])
+    return folders
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_run_is_the_uninterrupted_one(resumed: dict[str, Path], name: str) -> None:
+    straight, broken = resumed[name] / "straight", resumed[name] / "broken"
     for last in ("step_00000004", "step_00000006"):
-        assert digests(tmp_path / "broken/checkpoints" / last) == digests(tmp_path / "straight/checkpoints" / last)
-    assert metric_rows(tmp_path / "broken") == metric_rows(tmp_path / "straight")  # the fifth step is there once
-    tables = load_file(tmp_path / "straight/checkpoints/step_00000006/tables_00000_of_00002.safetensors")
+        assert digests(broken / "checkpoints" / last) == digests(straight / "checkpoints" / last)
+    assert metric_rows(broken) == metric_rows(straight)  # the fifth step is there once
+    tables = load_file(straight / "checkpoints/step_00000006/tables_00000_of_00002.safetensors")
     owners = next(owner.tolist() for name, owner in tables.items() if name.endswith("/owner"))
-    assert (owners != [subtree % 2 for subtree in range(len(owners))]) == bool(changes)
+    moved = owners != [subtree % 2 for subtree in range(len(owners))]
+    assert moved == ("cluster__rebalance_every" in RESUMED[name][1])
 
 
 def load_here(config: Config) -> tuple[dict[str, dict[int, Tensor]], dict[str, Tensor]]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from distcond.config import Config
 from distcond.data.batch import Batch
 from distcond.data.batches import LocalFeeder
-from tests.helpers import changed, folder_of, run_ranks, small_config, train_run
+from tests.helpers import changed, folder_of, run_ranks, small_config, train_here, train_run
 
 TRAINING = {
     *("train/loss", "train/bpb", "train/element_error", "ponder/steps", "ponder/cost", "ponder/remainder"),
@@ -136,11 +136,27 @@ class InfiniteFeeder(LocalFeeder):
         return batch
 
 
+def skip_a_step(configs: list[Config]) -> None:
+    for config in configs:
+        train_here(config, InfiniteFeeder)
+
+
+@pytest.fixture(scope="module")
+def skipping(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Config]:
+    """By ZeRO stage, runs that skipped their first step and went on from a checkpoint of no update at all."""
+    rhythm = {"checkpoint__every": 1, "train__eval_every": 4}
+    configs = {
+        stage: small_config(tmp_path_factory.mktemp("skipping"), cluster__num_workers=2, optim__zero_stage=stage, **rhythm)
+        for stage in (0, 2, 3)
+    }
+    run_ranks(skip_a_step, 2, [changed(config, train__max_steps=1) for config in configs.values()])
+    run_ranks(skip_a_step, 2, list(configs.values()))
+    return configs
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_skipped_step_is_counted_once_and_can_be_saved(tmp_path: Path, stage: int) -> None:
-    config = small_config(tmp_path, cluster__num_workers=2, optim__zero_stage=stage, checkpoint__every=1, train__eval_every=4)
-    train_run(changed(config, train__max_steps=1), InfiniteFeeder)
-    train_run(config, InfiniteFeeder)  # goes on from a checkpoint of no update at all
+def test_skipped_step_is_counted_once_and_can_be_saved(skipping: dict[int, Config], stage: int) -> None:
+    config = skipping[stage]
     assert [row["optim/skipped_steps"] for row in rows_of(config) if "optim/skipped_steps" in row] == [1, 0, 0, 0]
-    state = json.loads((tmp_path / "run/checkpoints/step_00000004/state.json").read_text())
+    state = json.loads((Path(config.run.dir) / "run/checkpoints/step_00000004/state.json").read_text())
     assert (state["step"], state["updates"]) == (4, 3)
