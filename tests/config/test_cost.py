@@ -19,6 +19,7 @@ from distcond.config import (
 )
 from distcond.config.cost import model_cost, tree_cost
 from distcond.nn.model import Learner, build_learner
+from tests.pairs import every_pair
 from tests.trees import random_tree
 
 TREES: list[dict[str, Any]] = [
@@ -57,9 +58,7 @@ def config_of(model: dict[str, Any], tree: dict[str, Any], storage: Storage, kin
     return ModelConfig(**model, tree=TreeConfig(**tree, storage=storage), halting=HaltingConfig(kind=kind, max_steps=3))
 
 
-@pytest.mark.parametrize("kind", list(HaltingKind))
-@pytest.mark.parametrize("tree", TREES)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("tree", "model", "kind"), every_pair(TREES, MODELS, list(HaltingKind)))
 def test_parameters_are_those_of_the_built_model(model: dict[str, Any], tree: dict[str, Any], kind: HaltingKind) -> None:
     config, sizes = config_of(model, tree, Storage.dense, kind), sizes_of(model)
     cost = model_cost(config, **sizes, length=LENGTH)

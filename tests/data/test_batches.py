@@ -7,6 +7,7 @@ import pytest
 
 from distcond.config import ClusterConfig, Config, DataConfig, ModelConfig, ModelName, OptimConfig
 from distcond.data import Batch, LocalFeeder, build_task, num_validation_batches
+from tests.pairs import every_pair
 
 ACCUMULATIONS = [1, 2]
 WORLD_SIZES = [1, 2, 4]
@@ -89,10 +90,9 @@ def test_the_count_is_of_the_whole_batch(name: str, count: int, accumulation: in
     assert feeder.get(0, 0).global_count == count
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("accumulation", ACCUMULATIONS)
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("examples", [1, 10, 16, 33])
+@pytest.mark.parametrize(
+    ("world_size", "examples", "name", "accumulation"), every_pair(WORLD_SIZES, [1, 10, 16, 33], NAMES, ACCUMULATIONS)
+)
 def test_every_validation_example_is_seen_once(name: str, accumulation: int, world_size: int, examples: int, text: str) -> None:
     config = config_of(name, text, world_size, accumulation, examples)
     feeders = [LocalFeeder(config, rank, world_size) for rank in range(world_size)]

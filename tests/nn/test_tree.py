@@ -9,6 +9,7 @@ from torch import nn
 
 from distcond.nn import TreeLinear
 from distcond.optim import RowAdam
+from tests.pairs import every_pair
 from tests.trees import nodes_of, path, random_tree, token_by_token, tokens
 
 STORAGES = ["dense", "lazy"]
@@ -38,9 +39,7 @@ def test_output_is_the_effective_weight_of_the_leaf_times_x(storage: str, gate: 
     torch.testing.assert_close(layer(x), token_by_token(layer, x), **TOLERANCE[torch.float64])
 
 
-@pytest.mark.parametrize("options", SHAPES)
-@pytest.mark.parametrize("depth", [0, 3, 12])
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(("options", "depth", "storage"), every_pair(SHAPES, [0, 3, 12], STORAGES))
 def test_float32_differs_by_its_roundings_alone(storage: str, depth: int, options: dict[str, Any]) -> None:
     layer = random_tree(depth, storage=storage, dtype=torch.float32, **shape(options, depth))
     x = tokens(9).float()
@@ -126,9 +125,9 @@ def test_a_bit_chooses_between_the_two_children_of_its_prefix(bit: int, storage:
 # ---- any number and shape of tokens ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", SHAPES)
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("leading", [(), (0,), (1,), (2, 3), (2, 0, 3), (1, 2, 1, 3)])
+@pytest.mark.parametrize(
+    ("leading", "options", "storage"), every_pair([(), (0,), (1,), (2, 3), (2, 0, 3), (1, 2, 1, 3)], SHAPES, STORAGES)
+)
 def test_leading_dimensions_are_kept_forward_and_backward(
     leading: tuple[int, ...], storage: str, options: dict[str, Any]
 ) -> None:
@@ -200,10 +199,10 @@ def test_autocast_leaves_bits_and_rows_in_float32(storage: str) -> None:
 # ---- nn.Linear -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("leading", [(5,), (1, 5), (33, 5), (2, 7, 5), (0, 5)])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(
+    ("leading", "dtype", "bias", "storage"),
+    every_pair([(5,), (1, 5), (33, 5), (2, 7, 5), (0, 5)], [torch.float32, torch.float64], [True, False], STORAGES),
+)
 def test_depth_0_is_nn_linear_bit_for_bit(storage: str, bias: bool, leading: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(5, 4, bias=bias)

@@ -5,21 +5,22 @@ import torch
 
 from distcond.table import SubtreePlan
 from distcond.table.plan import SUBTREES_PER_RANK, node_level
+from tests.pairs import every_pair
 
-PLANS = [
-    (depth, ranks, shard_level, 1) for depth in (0, 1, 2, 5) for ranks in (1, 2, 3, 4, 5) for shard_level in (None, 0, 1, 3, 20)
-] + [(depth, ranks, shard_level, 3) for depth in (0, 2, 4) for ranks in (2, 3, 5) for shard_level in (None, 0, 1)]
+LEVELS = [(None, 1), (0, 1), (1, 1), (3, 1), (20, 1), (None, 3), (0, 3), (1, 3)]
+"Shard levels, with numbers of trees."
+PLANS = [(depth, ranks, *rest) for depth, ranks, rest in every_pair((0, 1, 2, 5), (1, 2, 3, 4, 5), LEVELS)]
 
 
 def path(leaf: int, depth: int, trees: int) -> list[int]:
     return [trees * (2**level - 1) + (leaf >> (depth - level)) for level in range(depth + 1)]
 
 
-@pytest.mark.parametrize(("level", "trees"), [*((level, 1) for level in range(63)), (0, 3), (1, 3), (60, 3), (56, 64)])
-def test_level_is_exact_at_both_ends_and_beside_them(level: int, trees: int) -> None:
-    first, last = trees * (2**level - 1), trees * (2 ** (level + 1) - 1) - 1
-    nodes = sorted({first, min(first + 1, last), (first + last) // 2, max(last - 1, first), last})
-    assert node_level(torch.tensor(nodes), trees).tolist() == [level] * len(nodes)
+def test_level_is_exact_at_both_ends_and_beside_them() -> None:
+    for level, trees in [*((level, 1) for level in range(63)), (0, 3), (1, 3), (60, 3), (56, 64)]:
+        first, last = trees * (2**level - 1), trees * (2 ** (level + 1) - 1) - 1
+        nodes = sorted({first, min(first + 1, last), (first + last) // 2, max(last - 1, first), last})
+        assert node_level(torch.tensor(nodes), trees).tolist() == [level] * len(nodes)
 
 
 @pytest.mark.parametrize(("depth", "ranks", "shard_level", "trees"), PLANS)

@@ -24,10 +24,10 @@ from tests.train.traces import rows_by_node
 
 
 class CrashingFeeder(LocalFeeder):
-    """Fails on every rank while step 5 is being trained, as a lost machine would."""
+    """Fails on every rank while the fourth step is being trained, as a lost machine would."""
 
     def get(self, step: int, micro: int) -> Batch:
-        if step == 5:
+        if step == 3:
             raise ConnectionError("the cable is out")
         return super().get(step, micro)
 
@@ -63,7 +63,7 @@ def metric_rows(folder: Path) -> list[dict[str, float]]:
 # Everything that has a state of its own: momenta, decay that rows catch up on, a schedule, clipping, gates' statistics.
 OPTIONS = {
     "cluster__num_workers": 2,
-    "train__max_steps": 6,
+    "train__max_steps": 4,
     "train__eval_every": 3,
     "optim__weight_decay": 0.1,
     "optim__schedule": "cosine",
@@ -92,7 +92,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ]
     assert run_ranks(train_and_crash, 2, pairs) == [["the cable is out"] * len(pairs)] * 2
     for folder in folders.values():
-        assert (folder / "broken/checkpoints/latest").read_text() == "step_00000004\n"
+        assert (folder / "broken/checkpoints/latest").read_text() == "step_00000002\n"
     run_ranks(train_all, 2, [broken for _, broken in pairs])
     return folders
 
@@ -100,10 +100,10 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumed_run_is_the_uninterrupted_one(resumed: dict[str, Path], name: str) -> None:
     straight, broken = resumed[name] / "straight", resumed[name] / "broken"
-    for last in ("step_00000004", "step_00000006"):
+    for last in ("step_00000002", "step_00000004"):
         assert digests(broken / "checkpoints" / last) == digests(straight / "checkpoints" / last)
-    assert metric_rows(broken) == metric_rows(straight)  # the fifth step is there once
-    tables = load_file(straight / "checkpoints/step_00000006/tables_00000_of_00002.safetensors")
+    assert metric_rows(broken) == metric_rows(straight)  # the third step is there once
+    tables = load_file(straight / "checkpoints/step_00000004/tables_00000_of_00002.safetensors")
     owners = next(owner.tolist() for name, owner in tables.items() if name.endswith("/owner"))
     moved = owners != [subtree % 2 for subtree in range(len(owners))]
     assert moved == ("cluster__rebalance_every" in RESUMED[name][1])
@@ -140,12 +140,13 @@ PLACES = {
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """An uninterrupted run of 8 steps of a forest on 2 ranks with checkpoints of every second step."""
+    """An uninterrupted run of 6 steps of a forest on 2 ranks with checkpoints of every second step."""
     constant = {
         **OPTIONS,
         "model__tree__num_trees": 2,
         "optim__schedule": "constant",
-        "train__max_steps": 8,
+        "train__max_steps": 6,
+        "train__eval_every": 2,
         "checkpoint__keep_last": 4,
     }
     config = small_config(tmp_path_factory.mktemp("runs"), **constant)
@@ -181,9 +182,9 @@ def test_checkpoint_moves_between_ranks_stages_and_placements(straight: Config, 
 
 
 def test_run_goes_on_from_2_ranks_to_1_to_4(straight: Config, tmp_path: Path) -> None:
-    moved = branch(straight, 4, tmp_path)
-    train_run(changed(moved, train__max_steps=6, **PLACES["1 rank, ZeRO 3"]))
-    train_run(changed(moved, train__max_steps=8, **PLACES["4 ranks, ZeRO 2, two copies"]))
+    moved = branch(straight, 2, tmp_path)
+    train_run(changed(moved, train__max_steps=4, **PLACES["1 rank, ZeRO 3"]))
+    train_run(changed(moved, train__max_steps=6, **PLACES["4 ranks, ZeRO 2, two copies"]))
     expected, found = metric_rows(Path(straight.run.dir) / "run"), metric_rows(tmp_path / "run")
     assert [row["step"] for row in found] == [row["step"] for row in expected]
     for row, other in zip(found, expected, strict=True):
@@ -230,16 +231,16 @@ def test_harmed_checkpoint_is_refused_with_the_name_of_the_file(
 ) -> None:
     checkpoints = tmp_path / "checkpoints"
     shutil.copytree(Path(straight.run.dir) / "run/checkpoints", checkpoints)
-    assert latest_checkpoint(checkpoints) == checkpoints / "step_00000008"
-    harmed = harm(checkpoints / "step_00000008")
+    assert latest_checkpoint(checkpoints) == checkpoints / "step_00000006"
+    harmed = harm(checkpoints / "step_00000006")
     with pytest.raises(RunError) as refused:
         latest_checkpoint(checkpoints)
     assert str(harmed) in str(refused.value) and "\n" not in str(refused.value)
-    assert verified(checkpoints / "step_00000006")
+    assert verified(checkpoints / "step_00000004")
 
 
 def test_checkpoint_of_another_format_is_refused(straight: Config, tmp_path: Path) -> None:
-    checkpoint = shutil.copytree(Path(straight.run.dir) / "run/checkpoints/step_00000008", tmp_path / "step")
+    checkpoint = shutil.copytree(Path(straight.run.dir) / "run/checkpoints/step_00000006", tmp_path / "step")
     state = json.loads((checkpoint / "state.json").read_text())
     (checkpoint / "state.json").write_text(json.dumps({**state, "format_version": 99}))
     with pytest.raises(RunError, match="has format 99; this version reads 1"):

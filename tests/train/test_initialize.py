@@ -18,7 +18,7 @@ from tests.helpers import run_ranks
 from tests.train.foreign import ADAM, BATCH, CLIP, Theirs, batch, start, train
 from tests.train.traces import MarginWatch, Trace, assert_same, buffers, join, rows_by_node
 
-STEPS = 5
+STEPS = 4
 TOLERANCE = 1e-6  # fp32: other orders of summation
 
 
@@ -92,23 +92,23 @@ def save_and_load(folder: str, stages: list[int]) -> list[list[Any]]:
     for stage in stages:
         place = f"{folder}/zero_{stage}"
         engine = start(stage)
-        train(engine, 0, 3)
+        train(engine, 0, 2)
         engine.save_checkpoint(place, client_state={"note": "ours"})
         saved = rows_by_node(engine.module)
-        straight = (train(engine, 3, 5), rows_by_node(engine.module), buffers(engine.module))
+        straight = (train(engine, 2, 4), rows_by_node(engine.module), buffers(engine.module))
         other = start(stage, seed=1)
         _, client_state = other.load_checkpoint(place)
         assert client_state["note"] == "ours"
         loaded = rows_by_node(other.module)
         assert all(torch.equal(row, loaded[part][node]) for part, rows in saved.items() for node, row in rows.items())
-        found.append([straight, (train(other, 3, 5), rows_by_node(other.module), buffers(other.module))])
+        found.append([straight, (train(other, 2, 4), rows_by_node(other.module), buffers(other.module))])
     return found
 
 
 def go_on(folder: str, stage: int) -> list[float]:
     engine = start(stage, seed=2)
     engine.load_checkpoint(folder)
-    return train(engine, 3, 5)
+    return train(engine, 2, 4)
 
 
 def test_checkpoint_of_a_foreign_loop_carries_the_tables(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_checkpoint_of_a_foreign_loop_carries_the_tables(tmp_path: Path) -> None
         for before, after in zip(straight[1:], resumed[1:], strict=True):
             assert before.keys() == after.keys()
             torch.testing.assert_close(after, before, rtol=0, atol=0)
-    assert (tmp_path / "zero_2" / "latest").read_text() == "global_step3"
+    assert (tmp_path / "zero_2" / "latest").read_text() == "global_step2"
     # Another number of ranks: DeepSpeed itself allows that at ZeRO 0 alone.
     (fewer,) = run_ranks(go_on, 1, str(tmp_path / "zero_0"), 0)
     assert fewer == pytest.approx(ranks[0][0][0][0], rel=1e-5)
