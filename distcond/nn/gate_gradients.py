@@ -12,11 +12,14 @@ from torch import Tensor
 GATE_GRADIENTS = ("straight_through", "sampled", "magnitude", "flip", "flip_sampled", "none")
 
 
-def soft_bits(kind: str, gates_TMK: Tensor, full_depth: int) -> Tensor:
+def soft_bits(kind: str, gates_TMK: Tensor, full_depth: int, flips: Sequence[int] = ()) -> Tensor:
     """t = tanh|g|, of which the product takes the gradient alone, unless levels are scaled by it (`magnitude`).
 
-    `sampled` learns from one full level at a time, which stands for all of them.
+    `sampled` learns from one full level at a time, which stands for all of them. flips: levels that the product itself learns
+    from as `learn_from_flips` does.
     """
+    if flips:
+        return gates_TMK.tanh() * _towards(gates_TMK, gates_TMK.shape[2], len(flips))
     if kind in {"none", "flip", "flip_sampled"}:
         return gates_TMK.detach()
     soft_TMK = gates_TMK.abs().tanh()
@@ -58,9 +61,14 @@ def learn_from_flips(
         flipped = [output_of(leaf_V ^ (1 << (depth - level))) for level in levels]
         change_VLP = torch.stack(flipped, dim=1) - y_VP.detach()[:, None]
     gates_VL = gates_VK[:, [level - 1 for level in levels]]
-    towards_VL = torch.where(gates_VL > 0, -0.5, 0.5) * (depth / len(levels))
-    learned: Tensor = _Changes.apply(y_VP, gates_VL.tanh() * towards_VL, change_VLP)  # type: ignore[no-untyped-call]
+    soft_VL = gates_VL.tanh() * _towards(gates_VL, depth, len(levels))
+    learned: Tensor = _Changes.apply(y_VP, soft_VL, change_VLP)  # type: ignore[no-untyped-call]
     return learned
+
+
+def _towards(gates: Tensor, depth: int, flipped: int) -> Tensor:
+    """How far y moves per unit of tanh(g) towards the other value of the bit, where so many of `depth` levels are flipped."""
+    return torch.where(gates > 0, -0.5, 0.5) * (depth / flipped)
 
 
 class _Changes(torch.autograd.Function):

@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from distcond.nn.gate_gradients import flip_levels, learn_from_flips, product_levels, soft_bits
 from distcond.nn.gates import Gate
 from distcond.nn.tree_input import as_rows, count_nonfinite
-from distcond.nn.tree_nodes import dense_node
+from distcond.nn.tree_nodes import add_parameters, dense_node
 from distcond.nn.tree_options import check_growth, check_options
-from distcond.nn.tree_product import TreeProduct, anchor, full_precision
+from distcond.nn.tree_product import TreeProduct, anchor, full_precision, takes_flips
 from distcond.nn.tree_state import load_rows, move_rows, row_names, save_rows
 from distcond.ops import NodeTensors, TreePath, first_node, leaf_index, tree_leaf
 from distcond.table import Collective, Growth, NodeTable, SubtreeLoads, SubtreePlan, Visits
@@ -107,7 +107,7 @@ class TreeLinear(nn.Module):
         )
         self.table = None if storage == "dense" else self.layout
         if self.table is None:
-            self._make_parameters()
+            add_parameters(self, self.layout)
         self._set_root(root.weight, root.bias)
 
     @classmethod
@@ -131,18 +131,18 @@ class TreeLinear(nn.Module):
             if not _is_recomputing():
                 self._nonfinite = self._nonfinite + count_nonfinite(gates_TMK.flatten(1))
             leaf_V = tree_leaf(gates_TMK)
-            soft_VK = soft_bits(self.gate_gradient, gates_TMK, self.full_depth).flatten(0, 1)
             nodes = self._parameters_of_nodes() if self.table is None else (anchor(x_TQ),)
+            learns = torch.is_grad_enabled() and gates_TMK.requires_grad
+            flips = flip_levels(self.gate_gradient, self.depth, self._turn()) if learns else []
+            own, apart = (flips, []) if flips and takes_flips(self, x_TQ, nodes) else ([], flips)
+            soft_VK = soft_bits(self.gate_gradient, gates_TMK, self.full_depth, own).flatten(0, 1)
             statistics = self.gate.statistics(gates_TMK.flatten(1)) if self.gate is not None and self.training else None
 
             def output_of(leaf_V: Tensor) -> Tensor:
-                y_VP: Tensor = TreeProduct.apply(self, statistics, x_TQ, soft_VK, leaf_V, *nodes)  # type: ignore[no-untyped-call]
+                y_VP: Tensor = TreeProduct.apply(self, statistics, own, x_TQ, soft_VK, leaf_V, *nodes)  # type: ignore[no-untyped-call]
                 return y_VP
 
-            y_VP = output_of(leaf_V)
-            if torch.is_grad_enabled() and gates_TMK.requires_grad:
-                flips = flip_levels(self.gate_gradient, self.depth, self._turn())
-                y_VP = learn_from_flips(y_VP, gates_TMK.flatten(0, 1), leaf_V, flips, output_of)
+            y_VP = learn_from_flips(output_of(leaf_V), gates_TMK.flatten(0, 1), leaf_V, apart, output_of)
         return y_VP.reshape(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
@@ -226,21 +226,6 @@ class TreeLinear(nn.Module):
         )
 
     # ---- nodes -------------------------------------------------------------------------------------------------------
-
-    def _make_parameters(self) -> None:
-        full, rows = self.layout.num_full_ids, self.layout.out_features
-        low = self.layout.newborn("low", torch.arange(full, self.layout.num_ids))
-        fresh = self.layout.as_matrices(self.layout.full.data, low)
-        self._register("weight", torch.zeros(full, rows, self.in_features))
-        self._register("bias", torch.zeros(full if self.has_bias else 0, rows))
-        self._register("right", fresh.right_SrQ.clone())
-        self._register("left", fresh.left_SxP.clone())
-
-    def _register(self, name: str, value: Tensor) -> None:
-        if value.numel():
-            self.register_parameter(name, nn.Parameter(value))
-        else:  # NOTE: ZeRO 3 cannot gather a parameter without numbers
-            self.register_buffer(name, value, persistent=False)
 
     @torch.no_grad()
     def _set_root(self, weight: Tensor, bias: Tensor | None) -> None:

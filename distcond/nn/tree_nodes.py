@@ -1,9 +1,10 @@
-"""Single nodes of a tree layer as dense matrices, whether they are parameters or rows of a table.
+"""The nodes of a tree layer as parameters; and single ones as dense matrices, whether they are parameters or rows of a table.
 
 Legend: P out, Q in, S nodes stored, r rank, x = r + 1 with a bias, else r.
 """
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from distcond.ops import NodeTensors
 from distcond.table import NodeTable
@@ -26,3 +27,21 @@ def dense_node(node_id: int, nodes: NodeTensors, layout: NodeTable, table: NodeT
         return nodes.weight_SPQ[row], nodes.bias_SP[row]
     left_xP, rank = nodes.left_SxP[row], nodes.right_SrQ.shape[1]
     return left_xP[:rank].t() @ nodes.right_SrQ[row], left_xP[rank:].sum(0)
+
+
+def add_parameters(layer: nn.Module, layout: NodeTable) -> None:
+    """Register weight, bias, right and left of all nodes, as they start."""
+    full, rows = layout.num_full_ids, layout.out_features
+    low = layout.newborn("low", torch.arange(full, layout.num_ids))
+    fresh = layout.as_matrices(layout.full.data, low)
+    _register(layer, "weight", torch.zeros(full, rows, layout.in_features))
+    _register(layer, "bias", torch.zeros(full if layout.has_bias else 0, rows))
+    _register(layer, "right", fresh.right_SrQ.clone())
+    _register(layer, "left", fresh.left_SxP.clone())
+
+
+def _register(layer: nn.Module, name: str, value: Tensor) -> None:
+    if value.numel():
+        layer.register_parameter(name, nn.Parameter(value))
+    else:  # NOTE: ZeRO 3 cannot gather a parameter without numbers
+        layer.register_buffer(name, value, persistent=False)

@@ -4,19 +4,20 @@ Legend: T tokens, V of them for each tree (a token's trees follow each other), Q
 G nodes touched.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from distcond.nn.tree_walk import Walk, rows_to_read
+from distcond.nn.tree_walk import Walk, flip_of, rows_to_read
 from distcond.ops import (
     NodeTensors,
     PerLevel,
     Schedule,
     TreePath,
+    computes_flips,
     factor_dtype,
     scaled_backward,
     scaled_forward,
@@ -59,12 +60,16 @@ class TreeProduct(torch.autograd.Function):
         ctx: Any,
         layer: TreeNodes,
         statistics: Tensor | None,
+        flips: Sequence[int],
         x_TQ: Tensor,
         soft_VK: Tensor,
         leaf_V: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        """Rows [T, Q], soft bits [V, K], leaves int64 [V] and the layer's parameters -> [V, P]."""
+        """Rows [T, Q], soft bits [V, K], leaves int64 [V] and the layer's parameters -> [V, P].
+
+        flips: levels whose soft bits are to learn from the change of y with the other bit; none unless `takes_flips`.
+        """
         route = None
         local_TQ, scale_VK = x_TQ, soft_VK if layer.scales_levels else soft_VK[:, :0]
         if layer.plan.is_sharded and layer.collective is not None:
@@ -84,7 +89,11 @@ class TreeProduct(torch.autograd.Function):
         ctx.save_for_backward(local_TQ, scale_VK, *parameters)
         ctx.layer, ctx.walk, ctx.schedule, ctx.route = layer, walk, schedule, route
         ctx.dtype, ctx.soft_dtype = x_TQ.dtype, soft_VK.dtype
-        ctx.statistics, ctx.gate_levels = statistics, [level for level in layer.gate_levels() if level <= walk.depth]
+        ctx.statistics, ctx.flips, ctx.gate_levels = (
+            statistics,
+            flips,
+            [level for level in layer.gate_levels() if level <= walk.depth],
+        )
         y_VP = y_VP.to(x_TQ.dtype)
         return y_VP if route is None else route.combine(y_VP)
 
@@ -100,6 +109,7 @@ class TreeProduct(torch.autograd.Function):
         if layer.table is not None:
             rows = walk.rows_for_backward(layer.table)
             places, nodes = rows_to_read(layer.table, rows, grad_VP.device)
+        flips = [flip_of(walk, level, layer.layout, dense=layer.table is None) for level in ctx.flips]
         wanted = nodes.weight_SPQ
         kept = layer.layout.new_gradient(walk.path.nodes)
         made = [_room_like(part, wanted) for part in kept]
@@ -111,7 +121,7 @@ class TreeProduct(torch.autograd.Function):
                 scale_VL = scale_VK[:, : walk.depth].to(wanted.dtype)
                 grad_x, grad_soft = scaled_backward(local_TQ, scale_VL, grad_VP, *tree, out)
             else:
-                grad_x, grad_soft = tree_backward(local_TQ, grad_VP, *tree, ctx.gate_levels, out)
+                grad_x, grad_soft = tree_backward(local_TQ, grad_VP, *tree, ctx.gate_levels, out, flips)
         grad_soft = torch.nn.functional.pad(grad_soft, (0, layer.depth - walk.depth))
         layer.note_backward(walk.path, walk.loads, ctx.statistics)
         grads: tuple[Tensor | None, ...] = (None,)
@@ -128,7 +138,15 @@ class TreeProduct(torch.autograd.Function):
             grad_x, grad_soft = both[:, : layer.in_features], both[:, layer.in_features :]
         if layer.num_trees > 1:
             grad_x = grad_x.unflatten(0, (-1, layer.num_trees)).sum(1)
-        return None, None, grad_x.to(ctx.dtype), grad_soft.to(ctx.soft_dtype), None, *grads
+        return None, None, None, grad_x.to(ctx.dtype), grad_soft.to(ctx.soft_dtype), None, *grads
+
+
+def takes_flips(layer: TreeNodes, x_TQ: Tensor, parameters: tuple[Tensor, ...]) -> bool:
+    """Whether the product learns from flips itself: where all nodes are at hand, by kernels that are made for it."""
+    table = layer.table
+    is_at_hand = table is None or (table.growth.takes_paths and not table.rows_stay)
+    is_sharded = layer.plan.is_sharded and layer.collective is not None
+    return is_at_hand and not is_sharded and computes_flips(x_TQ, layer.node_tensors(parameters), layer.num_trees)
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:

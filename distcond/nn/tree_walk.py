@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distcond.ops import NodeTensors, PerLevel, TreePath, first_node, tree_path
+from distcond.ops import Flip, NodeTensors, PerLevel, TreePath, first_node, flipped_nodes, tree_path
 from distcond.table import NodeTable, Visits, copy_rows, path_node
 
 
@@ -36,9 +36,7 @@ class Walk:
         loads = Visits(last_G - first_node(layout.depth, layout.num_trees), count_G)
         if not dense:
             return cls(path, layout.find(path.nodes), loads, Visits.none(), layout.num_removals)
-        full_N, low_N = path.nodes.split(layout.full_depth + 1)
-        rows = PerLevel(torch.cat([full_N, low_N - layout.num_full_ids]), path.nodes.bounds)
-        return cls(path, rows, loads, Visits.none(), 0)
+        return cls(path, _rows_of_parameters(layout, path.nodes), loads, Visits.none(), 0)
 
     @property
     def depth(self) -> int:
@@ -51,6 +49,18 @@ class Walk:
         if table.growth.takes_paths and has_missing(rows):
             rows = table.ensure(self.path.nodes)
         return rows
+
+
+def flip_of(walk: Walk, level: int, layout: NodeTable, *, dense: bool) -> Flip:
+    """What a flip of the bit of a level makes of whole paths of one tree."""
+    nodes = flipped_nodes(walk.path, level)
+    rows = _rows_of_parameters(layout, nodes) if dense else layout.find(nodes)
+    return Flip.of(level, rows, walk.path, layout.full_depth)
+
+
+def _rows_of_parameters(layout: NodeTable, nodes: PerLevel) -> PerLevel:
+    full_N, low_N = nodes.split(layout.full_depth + 1)
+    return PerLevel(torch.cat([full_N, low_N - layout.num_full_ids]), nodes.bounds)
 
 
 def has_missing(rows: PerLevel) -> bool:

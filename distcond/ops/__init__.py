@@ -1,20 +1,24 @@
 """Products of tokens with trees of matrices: plain torch, or compiled kernels where they are asked for."""
 
+from distcond.ops.flips import Flip, flipped_nodes
 from distcond.ops.native import kernels, use_kernels
 from distcond.ops.path import Level, NodeTensors, Schedule, TreePath, calls_are_cheap, factor_dtype, first_node
 from distcond.ops.per_level import PerLevel
 from distcond.ops.scaled import scaled_backward, scaled_forward
-from distcond.ops.tree_matmul import leaf_index, tree_backward, tree_forward, tree_leaf, tree_path
+from distcond.ops.tree_matmul import computes_flips, leaf_index, tree_backward, tree_forward, tree_leaf, tree_path
 
 __all__ = [
+    "Flip",
     "Level",
     "NodeTensors",
     "PerLevel",
     "Schedule",
     "TreePath",
     "calls_are_cheap",
+    "computes_flips",
     "factor_dtype",
     "first_node",
+    "flipped_nodes",
     "kernels",
     "leaf_index",
     "scaled_backward",

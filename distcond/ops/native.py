@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distcond.errors import ConfigError
 from distcond.ops.compiler import load_compiled
+from distcond.ops.flips import Flip
 from distcond.ops.path import FlatPath, NodeTensors, TreePath
 from distcond.ops.per_level import PerLevel
 
@@ -49,6 +50,14 @@ class _Tree(ctypes.Structure):
     )
 
 
+class _Flip(ctypes.Structure):
+    _fields_ = (("level", c_int64), ("row", c_void_p), ("twin", c_void_p))
+
+
+class _Learn(ctypes.Structure):
+    _fields_ = (("levels", c_int64), ("count", c_int64), ("flips", POINTER(_Flip)))
+
+
 def use_kernels(name: str) -> None:
     """Compute tree products of this process by "torch", which works everywhere, or "native", which is compiled by GCC.
 
@@ -73,7 +82,7 @@ _SIGNATURES = {
     "path": (None, (c_void_p, c_int64, c_int64, *[c_void_p] * 8)),
     "work": (c_int64, (POINTER(_Tree), c_int64, c_int)),
     "forward": (None, (POINTER(_Tree), *[c_void_p] * 3, c_int)),
-    "backward": (None, (POINTER(_Tree), *[c_void_p] * 3, POINTER(_Gradients), c_int64, c_void_p, c_void_p, c_int)),
+    "backward": (None, (POINTER(_Tree), *[c_void_p] * 3, POINTER(_Gradients), POINTER(_Learn), c_void_p, c_void_p, c_int)),
     "adam": (None, (POINTER(_Adam), c_void_p, c_int64, c_int64, *[c_void_p] * 7, c_int)),
 }
 "Result and arguments of what csrc calls distcond_..."
@@ -154,21 +163,24 @@ def backward(
     full_depth: int,
     gate_levels: Collection[int],
     out: NodeTensors,
+    flips: Sequence[Flip] = (),
 ) -> tuple[Tensor, Tensor]:
     """`tree_backward` for at least one token."""
     x_TQ, grad_TP, row_N = x_TQ.contiguous(), grad_TP.contiguous(), PerLevel.of(rows).flat_N
     grad_x_TQ, threads = torch.empty_like(x_TQ), torch.get_num_threads()
-    through_TW = x_TQ.new_empty(len(x_TQ), len(gate_levels))
+    learning = [*sorted(gate_levels), *(flip.level for flip in flips)]
+    through_TW = x_TQ.new_empty(len(x_TQ), len(learning))
     tree = _tree(x_TQ, path, row_N, nodes, full_depth)
-    work = _work(library().distcond_work(tree, len(gate_levels), threads))
-    gates, gradients = sum(1 << level for level in gate_levels), _Gradients(*(_rows(part) for part in out))
-    tokens = (x_TQ.data_ptr(), grad_TP.data_ptr(), grad_x_TQ.data_ptr())
-    library().distcond_backward(tree, *tokens, gradients, gates, through_TW.data_ptr(), work.data_ptr(), threads)
-    if len(gate_levels) == len(rows) - 1:
+    work = _work(library().distcond_work(tree, len(learning), threads))
+    flipped = (_Flip * len(flips))(*(_Flip(flip.level, flip.rows.flat_N.data_ptr(), flip.twin_G.data_ptr()) for flip in flips))
+    learn = _Learn(sum(1 << level for level in gate_levels), len(flips), flipped)
+    gradients, tokens = _Gradients(*(_rows(part) for part in out)), (x_TQ.data_ptr(), grad_TP.data_ptr(), grad_x_TQ.data_ptr())
+    library().distcond_backward(tree, *tokens, gradients, learn, through_TW.data_ptr(), work.data_ptr(), threads)
+    if learning == list(range(1, len(rows))):
         return grad_x_TQ, through_TW
     grad_levels_TK = x_TQ.new_zeros(len(x_TQ), len(rows) - 1)
-    if gate_levels:
-        grad_levels_TK[:, [level - 1 for level in sorted(gate_levels)]] = through_TW
+    if learning:
+        grad_levels_TK[:, [level - 1 for level in learning]] = through_TW
     return grad_x_TQ, grad_levels_TK
 
 

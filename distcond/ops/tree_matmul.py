@@ -16,6 +16,7 @@ from torch import Tensor
 from distcond.ops import fused, fused_rows, native
 from distcond.ops.batched import batched_backward, batched_forward
 from distcond.ops.batched_path import batched_path
+from distcond.ops.flips import Flip
 from distcond.ops.gathered import add_gathered, gathered_backward
 from distcond.ops.grouped import add_grouped_product, add_to_groups, grouped_outer, grouped_product
 from distcond.ops.merged import bias_gradient, merged_product, merged_product_backward, weight_gradient
@@ -49,6 +50,11 @@ def tree_path(leaf_T: Tensor, depth: int, num_trees: int = 1) -> TreePath:
     if native.kernels() == "native" and num_trees == 1 and len(leaf_T) and leaf_T.device.type == "cpu":
         return native.path_of(leaf_T, depth)
     return TreePath.of(leaf_T, depth, num_trees)
+
+
+def computes_flips(x_TQ: Tensor, nodes: NodeTensors, num_trees: int) -> bool:
+    """Whether `tree_backward` takes flips, in time for one more product each; else a flip takes a forward pass of its own."""
+    return num_trees == 1 and native.serves(x_TQ, nodes)
 
 
 def tree_forward(x_TQ: Tensor, path: TreePath, rows: Sequence[Tensor], nodes: NodeTensors, schedule: Schedule) -> Tensor:
@@ -92,13 +98,15 @@ def tree_backward(
     schedule: Schedule,
     gate_levels: Collection[int],
     out: NodeTensors,
+    flips: Sequence[Flip] = (),
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `tree_forward` with respect to each token's x, [T, Q], and to the level multipliers, [T, K].
 
     The multiplier of a level is the factor 1 that its contribution U_l x + c_l carries; the gates learn through it. It is
     computed for `gate_levels`, and zero for the others. Every row must exist (rows >= 0). out: written with the gradients
     of the touched nodes, the nodes of all levels of a kind one after the other. Those of full nodes are formed at the
-    deepest full level and summed up the tree.
+    deepest full level and summed up the tree. flips: of the levels of these, instead, the gradient to a factor of what y would
+    change by if the bit were the other one; where `computes_flips` alone.
     """
     if not len(x_TQ):
         return torch.zeros_like(x_TQ), x_TQ.new_zeros(0, len(rows) - 1)
@@ -107,7 +115,8 @@ def tree_backward(
     if not calls_are_cheap(x_TQ):
         return batched_backward(x_TQ, grad_TP, path, rows, nodes, schedule, gate_levels, out)
     if path.nodes.bounds[1] == 1 and native.serves(x_TQ, nodes):
-        return native.backward(x_TQ, grad_TP, path, rows, nodes, schedule.full_depth, gate_levels, out)
+        return native.backward(x_TQ, grad_TP, path, rows, nodes, schedule.full_depth, gate_levels, out, flips)
+    assert not flips
     x_TQ, grad_TP = path.in_order(x_TQ), path.in_order(grad_TP)
     grad_levels_TK = x_TQ.new_zeros(len(x_TQ), len(rows) - 1)
     width, shallow = x_TQ.shape[1], slice(schedule.merged + 1)

@@ -1,27 +1,6 @@
 /* Products of few tokens with above + node, a sum that is formed on the way and not kept. Tokens are padded with zeros. */
 #define FEW 4
 
-INLINE float total(vec numbers) {
-#if V == 16
-    typedef float half __attribute__((vector_size(32)));
-    typedef float quarter __attribute__((vector_size(16)));
-    union {
-        vec all;
-        half halves[2];
-    } cut = {numbers};
-    union {
-        half all;
-        quarter quarters[2];
-    } more = {cut.halves[0] + cut.halves[1]};
-    quarter four = more.quarters[0] + more.quarters[1];
-    return (four[0] + four[1]) + (four[2] + four[3]);
-#else
-    float sum = 0;
-    for (int j = 0; j < V; j++) sum += numbers[j];
-    return sum;
-#endif
-}
-
 INLINE void few_column(const int n, const int m, const int both, Rows above, Rows node, long j, long left, const float *x,
                        long width, vec sum[4][FEW]) {
 #pragma GCC unroll 4

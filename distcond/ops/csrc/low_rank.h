@@ -78,9 +78,34 @@ static void low_forward(const Tree *tree, const float *x, float *y, int threads)
     }
 }
 
+/* Add factor * hidden^T back of some tokens. */
+static void add_dots(const float *hidden, const float *back, long tokens, long units, float factor, float *to, long step) {
+    for (long i = 0; i < tokens; i++) to[i * step] += factor * dot(hidden + i * MOST_UNITS, back + i * MOST_UNITS, units);
+}
+
+/* What a node has to do with the flips of the bits above it: dy^T (V' - V) x of some of its tokens. */
+static void low_flips(const Tree *tree, const Learn *learn, long level, long at, long tokens, const float *x, const float *dy,
+                      const float *hidden, const float *back, float *through) {
+    long columns = columns_of(learn), height = pitch(tree->out);
+    for (long number = 0; number < learn->count; number++) {
+        const Flip *flip = learn->flips + number;
+        float *to = through + columns - learn->count + number;
+        if (flip->level > level) continue;
+        add_dots(hidden, back, tokens, tree->left, -1, to, columns);
+        if (flip->row[at] < 0) continue;
+        float other_hidden[FEW * MOST_UNITS], other_back[FEW * MOST_UNITS] = {0};
+        Rows left = factors_of(tree, flip->row[at]).left;
+        Ahead nothing = NOTHING;
+        units_of(tree, flip->row[at], tokens, x, other_hidden, &nothing);
+        few_forward(tokens, NONE, left, tree->left, tree->out, dy, height, other_back, MOST_UNITS, &nothing);
+        add_dots(other_hidden, other_back, tokens, tree->left, 1, to, columns);
+    }
+}
+
 static void low_backward(const Tree *tree, const float *x, const float *dy, float *dx, Rows out_right, Rows out_left,
-                         int64_t gates, float *through, long wanted, int threads) {
+                         const Learn *learn, float *through, int threads) {
     long first = tree->full + 1, width = pitch(tree->in), height = pitch(tree->out), in = tree->in, out = tree->out;
+    long wanted = columns_of(learn);
     long count = level_size(tree, first), groups = groups_of_a_piece(tree, threads);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long group = 0; group < count; group += groups) {
@@ -106,10 +131,9 @@ static void low_backward(const Tree *tree, const float *x, const float *dy, floa
                     }
                     few_outer(tokens, back, MOST_UNITS, in_at, width, rank, in, right_grad, in, !is_first, NULL, 0);
                     few_outer(tokens, hidden, MOST_UNITS, grad, height, left, out, left_grad, out, !is_first, NULL, 0);
-                    if (!(gates >> level & 1)) continue;
-                    for (long i = 0; i < tokens; i++)
-                        through[(token + i) * wanted + slot_of(gates, level)] =
-                            dot(hidden + i * MOST_UNITS, back + i * MOST_UNITS, left);
+                    if (learn->levels >> level & 1)
+                        add_dots(hidden, back, tokens, left, 1, through + token * wanted + slot_of(learn, level), wanted);
+                    low_flips(tree, learn, level, at, tokens, in_at, grad, hidden, back, through + token * wanted);
                 }
             }
     }

@@ -62,12 +62,15 @@ static void place_panel(Panel *panel, long p, long most_rows, long q) {
 
 static float *tile_of(const Panel *panel, float *tiles, long level) { return tiles + level * tile_numbers(panel->tree); }
 
-/* The part of a node that the panel is about; zeros where it is missing. */
-static Rows node_of(const Panel *panel, const Step *step) {
+/* The part of a stored node that the panel is about; zeros where it is missing. */
+static Rows rows_at(const Panel *panel, long row) {
     const Tree *tree = panel->tree;
-    long row = tree->row[tree->bounds[step->level] + step->node];
     if (row < 0) return ZEROS;
     return (Rows){tree->nodes.weight.at + row * tree->nodes.weight.step + panel->p * tree->in + panel->q, tree->in};
+}
+
+static Rows node_of(const Panel *panel, const Step *step) {
+    return rows_at(panel, panel->tree->row[panel->tree->bounds[step->level] + step->node]);
 }
 
 /* The part of the next node, if that lies in one piece. */

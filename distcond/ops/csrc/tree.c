@@ -15,12 +15,13 @@
 #include <omp.h>
 #endif
 
-#include "adam.h"
-#include "low_rank.h"
-#include "panels.h"
-#include "path.h"
-
 #define BATCH 64 /* tokens whose strip of numbers stays in the first cache */
+
+#include "adam.h"
+#include "panels.h"
+#include "gates.h"
+#include "low_rank.h"
+#include "path.h"
 
 /* ---- full levels ---------------------------------------------------------------------------------------------------- */
 
@@ -60,28 +61,9 @@ static void full_forward(const Tree *tree, const float *x, float *y, float *work
     free(steps);
 }
 
-/* What the multiplier of a level would have to gain: dy^T U x of each token, as far as this panel of U goes. */
-static void gate_gradient(const Panel *panel, const Step *step, const float *x, const float *dy, float *through, long wanted) {
-    const Tree *tree = panel->tree;
-    long width = pitch(tree->in), height = pitch(tree->out), end = node_end(tree, step->level, step->node);
-    long row = tree->row[tree->bounds[step->level] + step->node], rows = padded(panel->rows);
-    if (row < 0) return;
-    const float *bias = tree->nodes.bias.at + row * tree->nodes.bias.step + panel->p;
-    float *hidden = tile_of(panel, panel->tiles, step->level); /* not in use yet */
-    long most = least(64, tile_numbers(tree) / rows);
-    for (long token = tree->start[tree->bounds[step->level] + step->node]; token < end; token += most) {
-        long tokens = least(most, end - token);
-        Ahead nothing = NOTHING;
-        for (long i = 0; i < tokens; i++)
-            for (long j = 0; j < rows; j++) hidden[i * rows + j] = panel->q || j >= panel->rows ? 0 : bias[j];
-        apply(panel, ZEROS, node_of(panel, step), tokens, x + token * width + panel->q, width, hidden, rows, &nothing);
-        for (long i = 0; i < tokens; i++)
-            through[(token + i) * wanted] += dot(hidden + i * rows, dy + (token + i) * height + panel->p, panel->rows);
-    }
-}
-
-/* Gradients at the last full level: of the tokens, and of the node, written and added to that above. */
-static void leaf_backward(Panel *panel, const Step *step, const float *x, const float *dy, float *dx, int is_first_panel,
+/* Gradients at the last full level: of the tokens, and of the node, written and added to that above. Returns whether the sum
+ * of the matrices is there now, as a tile. */
+static int leaf_backward(Panel *panel, const Step *step, const float *x, const float *dy, float *dx, int is_first_panel,
                           float *out, int is_first) {
     const Tree *tree = panel->tree;
     long width = pitch(tree->in), height = pitch(tree->out), last = tree->full;
@@ -93,7 +75,7 @@ static void leaf_backward(Panel *panel, const Step *step, const float *x, const 
         Rows sum = above(panel, step), node = node_of(panel, step);
         few_back(tokens, sum, node, panel->rows, panel->columns, dy, height, dx, width, !is_first_panel, &ahead);
         few_outer(tokens, dy, height, x, width, panel->rows, panel->columns, out, tree->in, 0, grad_above, is_first);
-        return;
+        return 0;
     }
     descend(panel, step, &ahead);
     const float *sum = panel->sums[last].at;
@@ -111,6 +93,7 @@ static void leaf_backward(Panel *panel, const Step *step, const float *x, const 
     }
     look(&ahead, PANEL * COLUMNS / V);
     give(grad, out, tree->in, panel->rows, panel->columns, grad_above, is_first);
+    return 1;
 }
 
 static void add_bias_gradient(Panel *panel, const Step *step, const float *dy) {
@@ -123,13 +106,13 @@ static void add_bias_gradient(Panel *panel, const Step *step, const float *dy) {
 
 /* One panel of the gradients of all full nodes, and what it adds to those of the tokens. */
 static void panel_backward(Panel *panel, const float *x, const float *dy, float *dx, int is_first_panel, const Nodes *out,
-                           int64_t gates, float *through, long wanted) {
+                           const Learn *learn, float *through) {
     const Tree *tree = panel->tree;
     long last = tree->full, open[64];
     int is_first[64];
     for (const Step *step = panel->steps; step < panel->steps + panel->count; step++) {
         long level = step->level;
-        if (level && gates >> level & 1) gate_gradient(panel, step, x, dy, through + slot_of(gates, level), wanted);
+        if (level && learn->levels >> level & 1) multiplier_gradient(panel, step, x, dy, learn, through);
         open[level] = tree->bounds[level] + step->node;
         is_first[level] = 1;
         if (level < last) {
@@ -143,9 +126,10 @@ static void panel_backward(Panel *panel, const float *x, const float *dy, float 
                   *grad_above = level ? tile_of(panel, panel->grads, level - 1) : NULL;
             float *to = (float *)out->weight.at + open[level] * out->weight.step + panel->p * tree->in + panel->q;
             int sets = level && is_first[level - 1];
-            if (level == last)
-                leaf_backward(panel, step, x, dy, dx, is_first_panel, to, sets);
-            else
+            if (level == last) {
+                int is_formed = leaf_backward(panel, step, x, dy, dx, is_first_panel, to, sets);
+                if (learn->count) flip_gradient(panel, step, open, is_formed, x, dy, learn, through);
+            } else
                 give(grad, to, tree->in, panel->rows, panel->columns, grad_above, sets);
             if (panel->q == 0) {
                 const float *bias = panel->bias + level * PANEL;
@@ -158,9 +142,9 @@ static void panel_backward(Panel *panel, const float *x, const float *dy, float 
 }
 
 /* dx, through: a part for each thread. */
-static void full_backward(const Tree *tree, const float *x, const float *dy, float *dx, const Nodes *out, int64_t gates,
+static void full_backward(const Tree *tree, const float *x, const float *dy, float *dx, const Nodes *out, const Learn *learn,
                           float *through, float *work, int threads) {
-    long rows = panel_rows(tree, threads), wanted = __builtin_popcountll(gates);
+    long rows = panel_rows(tree, threads), wanted = columns_of(learn);
     Step *steps = malloc((tree->bounds[tree->full + 1] + 1) * sizeof(Step));
     long count = walk(tree, steps), panels = (tree->out + rows - 1) / rows;
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -172,7 +156,7 @@ static void full_backward(const Tree *tree, const float *x, const float *dy, flo
         for (long number = begin; number < end; number++)
             for (long q = 0; q < tree->in; q += COLUMNS) {
                 place_panel(&panel, number * rows, rows, q);
-                panel_backward(&panel, x, dy, own_dx, number == begin, out, gates, own_through, wanted);
+                panel_backward(&panel, x, dy, own_dx, number == begin, out, learn, own_through);
             }
     }
     free(steps);
@@ -199,22 +183,23 @@ void distcond_forward(const Tree *tree, const float *x, float *y, float *work, i
     scatter(y_sorted, 1, tree->out, tree->order, tree->tokens, y, threads);
 }
 
-/* Gradients: dx [tokens, in]; of the nodes, in the order of `start`, the low-rank ones for themselves; of the multipliers of the
- * levels whose bit is set in `gates`, [tokens, wanted], in the order of the levels. */
-void distcond_backward(const Tree *tree, const float *x, const float *dy, float *dx, const Nodes *out, int64_t gates,
+/* Gradients: dx [tokens, in]; of the nodes, in the order of `start`, the low-rank ones for themselves; of what the gates learn
+ * from, [tokens, wanted], the levels in their order, the flips behind them. */
+void distcond_backward(const Tree *tree, const float *x, const float *dy, float *dx, const Nodes *out, const Learn *learn,
                        float *through, float *work, int threads) {
-    long tokens = tree->tokens, width = pitch(tree->in), wanted = __builtin_popcountll(gates);
+    long tokens = tree->tokens, width = pitch(tree->in), wanted = columns_of(learn);
     int parts = useful_threads(tree, threads);
     float *x_sorted = work, *dy_sorted = x_sorted + tokens * width, *dx_sorted = dy_sorted + tokens * pitch(tree->out);
     float *through_sorted = dx_sorted + parts * tokens * width;
     gather(x, tree->in, tree->order, tokens, x_sorted, threads);
     gather(dy, tree->out, tree->order, tokens, dy_sorted, threads);
-    full_backward(tree, x_sorted, dy_sorted, dx_sorted, out, gates, through_sorted, through_sorted + parts * tokens * wanted,
+    full_backward(tree, x_sorted, dy_sorted, dx_sorted, out, learn, through_sorted, through_sorted + parts * tokens * wanted,
                   parts);
     for (long at = tokens * wanted; at < parts * tokens * wanted; at++)
         through_sorted[at % (tokens * wanted)] += through_sorted[at];
+    take_own(tree, x_sorted, dx_sorted, parts, learn, through_sorted, threads);
     if (tree->full < tree->depth)
-        low_backward(tree, x_sorted, dy_sorted, dx_sorted, out->right, out->left, gates, through_sorted, wanted, threads);
+        low_backward(tree, x_sorted, dy_sorted, dx_sorted, out->right, out->left, learn, through_sorted, threads);
     scatter(dx_sorted, parts, tree->in, tree->order, tokens, dx, threads);
     for (long token = 0; token < tokens; token++)
         memcpy(through + tree->order[token] * wanted, through_sorted + token * wanted, wanted * sizeof(float));

@@ -23,9 +23,6 @@ static long node_end(const Tree *tree, long level, long node) {
     return next < tree->bounds[level + 1] ? tree->start[next] : tree->tokens;
 }
 
-/* Place of a level among those whose bit is set. */
-static long slot_of(int64_t gates, long level) { return __builtin_popcountll(gates & (((int64_t)1 << level) - 1)); }
-
 static void gather(const float *from, long numbers, const int64_t *order, long tokens, float *to, int threads) {
     long width = pitch(numbers);
 #pragma omp parallel for num_threads(threads)

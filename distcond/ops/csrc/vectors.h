@@ -138,17 +138,37 @@ static void add_product(long m, long n, long k, const float *a, long a_row, long
     product_of(m, n, k, a, a_row, a_step, b, b_step, c, c_row, 1, ahead);
 }
 
+/* The sum of the numbers of a vector. */
+INLINE float total(vec numbers) {
+#if V == 16
+    typedef float half __attribute__((vector_size(32)));
+    typedef float quarter __attribute__((vector_size(16)));
+    union {
+        vec all;
+        half halves[2];
+    } cut = {numbers};
+    union {
+        half all;
+        quarter quarters[2];
+    } more = {cut.halves[0] + cut.halves[1]};
+    quarter four = more.quarters[0] + more.quarters[1];
+    return (four[0] + four[1]) + (four[2] + four[3]);
+#else
+    float sum = 0;
+    for (int j = 0; j < V; j++) sum += numbers[j];
+    return sum;
+#endif
+}
+
 static float dot(const float *a, const float *b, long numbers) {
     vec sum[4] = {{0}, {0}, {0}, {0}};
     long at = 0;
     for (; at + 4 * V <= numbers; at += 4 * V)
         for (int j = 0; j < 4; j++) sum[j] += load(a + at + j * V) * load(b + at + j * V);
     for (; at + V <= numbers; at += V) sum[0] += load(a + at) * load(b + at);
-    sum[0] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    float total = 0;
-    for (int j = 0; j < V; j++) total += sum[0][j];
-    for (; at < numbers; at++) total += a[at] * b[at];
-    return total;
+    float all = total((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    for (; at < numbers; at++) all += a[at] * b[at];
+    return all;
 }
 
 /* to = (add: +=) factor * from. */
