@@ -52,7 +52,13 @@ def evaluate(run: Path, step: int | None = None) -> dict[str, Any]:
 def load_learner(checkpoint: Path, config: Config, feeder: LocalFeeder) -> Learner:
     """The model of a checkpoint, whole, in evaluation mode."""
     task = feeder.task
-    learner = build_learner(config.model, is_text=task.kind == "bytes", input_size=task.input_size, output_size=task.output_size)
+    learner = build_learner(
+        config.model,
+        is_text=task.kind == "bytes",
+        input_size=task.input_size,
+        output_size=task.output_size,
+        num_classes=task.num_classes,
+    )
     dense = read_dense(checkpoint, learner)
     with torch.no_grad():
         for name, parameter in learner.named_parameters():

@@ -18,6 +18,8 @@ NEEDED = {  # what an option asks of the user, or of the model beside it
     "data/hf": ["data.path=wikitext"],
     "data/parity": ["model=rnn"],
     "data/logic": ["model=rnn"],
+    "data/addition": ["model=rnn"],
+    "data/sort": ["model=rnn"],
 }
 
 

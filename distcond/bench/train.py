@@ -83,7 +83,13 @@ def _plain_loop(config: Config, feeder: _Prepared) -> Callable[[], None]:
     """A round of steps as anyone would write them with torch, and rows for the tree."""
     torch.manual_seed(config.seed)
     task, optim = feeder.task, config.optim
-    learner = build_learner(config.model, is_text=task.kind == "bytes", input_size=task.input_size, output_size=task.output_size)
+    learner = build_learner(
+        config.model,
+        is_text=task.kind == "bytes",
+        input_size=task.input_size,
+        output_size=task.output_size,
+        num_classes=task.num_classes,
+    )
     adam = torch.optim.AdamW(learner.parameters(), optim.lr, weight_decay=optim.weight_decay)
     rows = RowAdam(learner, optim.lr, weight_decay=optim.weight_decay)
 

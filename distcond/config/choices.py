@@ -61,6 +61,8 @@ class DataName(StrEnum):
     hf = "hf"
     parity = "parity"
     logic = "logic"
+    addition = "addition"
+    sort = "sort"
 
 
 class Precision(StrEnum):

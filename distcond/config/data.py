@@ -11,7 +11,7 @@ class DataConfig:
     """Where examples come from. The global batch of step t is a pure function of (seed, t)."""
 
     name: DataName = DataName.stdlib
-    "stdlib: the running Python's sources. text: local files as bytes. hf: a Hugging Face data set. parity, logic: Graves 2016."
+    "stdlib: the running Python's sources. text: local files as bytes. hf: a Hugging Face data set. The others: Graves 2016."
     files: list[str] = field(default_factory=list)
     "text, hf: paths or globs of local files."
     path: str = ""
@@ -31,15 +31,26 @@ class DataConfig:
     num_bits: int = 64
     "Length of a parity vector; >= 1."
     max_length: int = 10
-    "Longest logic sequence; >= 1."
+    "Most vectors of a sequence (logic, >= 1), numbers to add (addition, 1 to 10) or to sort (sort, >= 2)."
     max_gates: int = 10
     "Most logic gates per vector; 1 to 10."
+    max_digits: int = 5
+    "Most digits of a number to add; 1 to 17."
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "context", "validation_examples", "num_bits", "max_length"):
             value = getattr(self, name)
             need(value >= 1, f"data.{name}={value} is below 1; use 1 or more.")
         need(1 <= self.max_gates <= 10, f"data.max_gates={self.max_gates} is outside 1..10; Graves 2016 has ten gates.")
+        need(1 <= self.max_digits <= 17, f"data.max_digits={self.max_digits} is outside 1..17; sums are 64-bit integers.")
+        need(
+            self.name != DataName.addition or self.max_length <= 10,
+            f"data.max_length={self.max_length} numbers may sum up to more than max_digits + 1 digits; use 10 or fewer.",
+        )
+        need(
+            self.name != DataName.sort or self.max_length >= 2,
+            f"data.max_length={self.max_length} leaves nothing to sort; use 2 or more.",
+        )
         need(
             0 < self.validation_fraction < 1,
             f"data.validation_fraction={self.validation_fraction} is outside (0, 1); e.g. 0.05 holds out a twentieth.",

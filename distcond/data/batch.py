@@ -7,6 +7,9 @@ import numpy as np
 TRAINING, VALIDATION = 0, 1
 "Streams of random numbers: what is validated is never drawn from the stream that trains."
 
+NO_TARGET = -1
+"Class number where nothing is asked."
+
 
 @dataclass(slots=True)
 class Batch:
@@ -15,7 +18,7 @@ class Batch:
     inputs: np.ndarray
     "bytes: uint8 [B, T]; vectors: float32 [B, T, I]."
     targets: np.ndarray
-    "bytes: uint8 [B, T]; vectors: float32 [B, T, O]."
+    "bytes: uint8 [B, T]; vectors: 0 or 1, float32 [B, T, O], or class numbers (NO_TARGET: none), int64 [B, T, groups]."
     lengths: np.ndarray
     "int64 [B], time steps that count."
     global_count: int

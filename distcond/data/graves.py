@@ -1,15 +1,12 @@
-"""The generated tasks of Graves 2016 (arXiv 1603.08983, section 3): parity and logic.
+"""Two generated tasks of Graves 2016 (arXiv 1603.08983, sections 3.1 and 3.2): parity and logic.
 
 Shapes: B examples, T time steps, G gates of a vector.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 
-from distcond.data.batch import TRAINING, VALIDATION, Batch, generator, select
+from distcond.data.batch import Batch
+from distcond.data.generated import GeneratedTask
 
 NUM_GATES = 10
 "Kinds of gates, and the most gates of one logic vector."
@@ -27,46 +24,6 @@ TRUTH_COLUMNS = {  # value for PQ = TT, TF, FT, FF (table 1)
 }
 TRUTH = np.array([[c == "T" for c in column] for column in TRUTH_COLUMNS.values()]).reshape(NUM_GATES, 2, 2)[:, ::-1, ::-1]
 "bool [gate, P, Q]."
-
-VALIDATION_BLOCK = 256
-"Validation rows are drawn in blocks of this many, so that row i is the same however many are asked for."
-
-
-@dataclass(frozen=True, slots=True)
-class GeneratedTask:
-    """A task whose examples are drawn, not read."""
-
-    name: str
-    input_size: int
-    output_size: int
-    max_length: int
-    "T, time steps that every batch is padded to."
-    draw: Callable[[np.random.Generator, int], Batch]
-    "So many fresh examples."
-    options: dict[str, int]
-    "What else decides the examples, for the fingerprint."
-    kind: str = "vectors"
-
-    def rows(self, seed: int, step: int, size: int, part: slice = slice(None)) -> Batch:
-        """Rows `part` of the global batch `step`, which has `size` rows."""
-        return select(self.draw(generator(seed, step, TRAINING), size), part)
-
-    def validation_rows(self, start: int, size: int) -> Batch:
-        """Rows start..start+size of the fixed validation set, which depends on no seed; `global_count` is `size`."""
-        first = start // VALIDATION_BLOCK
-        last = max(first, (start + size - 1) // VALIDATION_BLOCK)
-        blocks = [self.draw(generator(0, step, VALIDATION), VALIDATION_BLOCK) for step in range(first, last + 1)]
-        rows = slice(start - first * VALIDATION_BLOCK, start + size - first * VALIDATION_BLOCK)
-        return Batch(
-            np.concatenate([block.inputs for block in blocks])[rows],
-            np.concatenate([block.targets for block in blocks])[rows],
-            np.concatenate([block.lengths for block in blocks])[rows],
-            size,
-        )
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What the data is; numpy's version counts because its streams may change between versions (NEP 19)."""
-        return {"name": self.name, **self.options, "numpy": np.__version__}
 
 
 def parity(num_bits: int) -> GeneratedTask:

@@ -1,11 +1,15 @@
 """Which tasks there are, and what every one of them can do."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from distcond.config import DataConfig, DataName
+from distcond.data.addition import addition
 from distcond.data.batch import Batch
+from distcond.data.generated import GeneratedTask
 from distcond.data.graves import logic, parity
 from distcond.data.hub import open_hub
+from distcond.data.sort import sort
 from distcond.data.text import open_stdlib, open_text
 from distcond.data.windows import ByteTask
 
@@ -15,7 +19,7 @@ class Task(Protocol):
 
     @property
     def kind(self) -> str:
-        """Either bytes (a classification of each byte) or vectors (independent binary targets)."""
+        """Either bytes (a classification of each byte) or vectors."""
 
     @property
     def input_size(self) -> int:
@@ -24,6 +28,10 @@ class Task(Protocol):
     @property
     def output_size(self) -> int:
         """256 for bytes, else O."""
+
+    @property
+    def num_classes(self) -> int:
+        """256 for bytes; C: vectors whose outputs are groups of C, one class each; 1: independent binary targets."""
 
     @property
     def max_length(self) -> int:
@@ -39,20 +47,27 @@ class Task(Protocol):
         """What the data is, as JSON, for `environment.json`."""
 
 
+GENERATED: dict[DataName, Callable[[DataConfig], GeneratedTask]] = {
+    DataName.parity: lambda config: parity(config.num_bits),
+    DataName.logic: lambda config: logic(config.max_length, config.max_gates),
+    DataName.addition: lambda config: addition(config.max_length, config.max_digits),
+    DataName.sort: lambda config: sort(config.max_length),
+}
+"The tasks that need no files."
+
+
 def build_task(config: DataConfig) -> Task:
     """The task that `data.name` names; a text is prepared on first use and opened at once later.
 
     Raises DataError if there is no text, or too little.
     """
+    if config.name in GENERATED:
+        return GENERATED[config.name](config)
     match config.name:
-        case DataName.parity:
-            return parity(config.num_bits)
-        case DataName.logic:
-            return logic(config.max_length, config.max_gates)
         case DataName.stdlib:
             corpus = open_stdlib(config)
         case DataName.text:
             corpus = open_text(config)
-        case DataName.hf:
+        case _:
             corpus = open_hub(config)
     return ByteTask(corpus, config.context, config.validation_examples)

@@ -26,6 +26,7 @@ class ByteTask:
     kind: str = "bytes"
     input_size: int = 256
     output_size: int = 256
+    num_classes: int = 256
 
     def __post_init__(self) -> None:
         for split in SPLITS:

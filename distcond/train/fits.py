@@ -7,10 +7,10 @@ import os
 
 import psutil
 
-from distcond.config import ClusterName, Config, DataConfig, DataName
+from distcond.config import ClusterName, Config, DataConfig
 from distcond.config.check import need
 from distcond.config.cost import ModelCost, model_cost
-from distcond.data.graves import logic, parity
+from distcond.data.tasks import GENERATED
 
 BYTES_PER_ROW_NUMBER = 12
 "fp32 weight and two moments."
@@ -55,7 +55,7 @@ def dense_bytes(config: Config, cost: ModelCost) -> float:
 
 
 def _sizes(data: DataConfig) -> tuple[bool, int, int, int]:
-    if data.name in {DataName.parity, DataName.logic}:
-        task = parity(data.num_bits) if data.name == DataName.parity else logic(data.max_length, data.max_gates)
+    if data.name in GENERATED:
+        task = GENERATED[data.name](data)
         return False, task.input_size, task.output_size, task.max_length
     return True, 256, 256, data.context

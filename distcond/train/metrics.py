@@ -29,7 +29,7 @@ def quality(sums: Tensor, *, is_text: bool, prefix: str) -> dict[str, float]:
         }
     return {
         f"{prefix}/nll": _ratio(figure["nll"], figure["sequences"]),
-        f"{prefix}/sequence_error": _ratio(figure["sequence_errors"], figure["sequences"]),
+        f"{prefix}/sequence_error": _ratio(figure["sequence_errors"], figure["asked_sequences"]),
         f"{prefix}/element_error": _ratio(figure["element_errors"], figure["elements"]),
     }
 

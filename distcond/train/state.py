@@ -61,7 +61,9 @@ def start_run(config: Config, folder: RunFolder, feeder: Feeder, task: Task) -> 
     torch.manual_seed(config.seed)
     use_kernels(config.cluster.kernels.value)
     is_text = task.kind == "bytes"
-    learner = build_learner(config.model, is_text=is_text, input_size=task.input_size, output_size=task.output_size)
+    learner = build_learner(
+        config.model, is_text=is_text, input_size=task.input_size, output_size=task.output_size, num_classes=task.num_classes
+    )
     checkpoint = latest_checkpoint(folder.checkpoints)
     if checkpoint is None:
         run = Run(config, folder, feeder, Engine(learner, config), learner)

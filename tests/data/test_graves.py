@@ -1,9 +1,9 @@
-"""The tasks of Graves 2016, against implementations that share nothing with ours."""
+"""Parity and logic, against implementations that share nothing with ours."""
 
 import numpy as np
 import pytest
 
-from distcond.data.graves import VALIDATION_BLOCK, GeneratedTask, logic, parity
+from distcond.data.graves import logic, parity
 
 GATES = [  # table 1 of the paper, in its order, as formulas
     lambda p, q: not (p or q),
@@ -78,22 +78,3 @@ def test_logic_vectors_are_as_the_paper_says(max_length: int, max_gates: int) ->
 def test_every_gate_is_drawn() -> None:
     gates = logic(10, 10).rows(0, 0, 100).inputs[:, :, 2:].reshape(-1, 10).sum(axis=0)
     assert np.abs(gates / gates.sum() - 1 / 10).max() < 0.03  # some 3,000 gates: four standard errors are 0.022
-
-
-@pytest.mark.parametrize("task", [parity(8), logic(4, 3)], ids=lambda task: task.name)
-def test_a_validation_row_is_the_same_whoever_asks(task: GeneratedTask) -> None:
-    size = 2 * VALIDATION_BLOCK + 10
-    whole = task.validation_rows(0, size)
-    for start, stop in [(0, 3), (250, 260), (VALIDATION_BLOCK, 2 * VALIDATION_BLOCK), (255, 513), (500, size)]:
-        part = task.validation_rows(start, stop - start)
-        assert np.array_equal(part.inputs, whole.inputs[start:stop])
-        assert np.array_equal(part.targets, whole.targets[start:stop])
-        assert np.array_equal(part.lengths, whole.lengths[start:stop])
-        assert part.global_count == stop - start
-    assert len(task.validation_rows(VALIDATION_BLOCK, 0).lengths) == 0
-
-
-def test_validation_is_not_what_seed_0_trains_on() -> None:
-    task = parity(64)
-    trained = {row.tobytes() for step in range(20) for row in task.rows(0, step, VALIDATION_BLOCK).inputs}
-    assert not trained & {row.tobytes() for row in task.validation_rows(0, 1000).inputs if np.count_nonzero(row) > 8}

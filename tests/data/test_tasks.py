@@ -17,6 +17,8 @@ SHAPES = {
     DataName.hf: ("bytes", 256, 256, 32),
     DataName.parity: ("vectors", 64, 1, 1),
     DataName.logic: ("vectors", 102, 1, 10),
+    DataName.addition: ("vectors", 50, 66, 10),
+    DataName.sort: ("vectors", 2, 10, 20),
 }
 
 
@@ -39,8 +41,10 @@ def test_a_batch_has_the_announced_shape(name: DataName, folder: Path) -> None:
     kind, inputs, outputs, length = SHAPES[name]
     for batch in (task.rows(0, 0, 6), task.validation_rows(2, 6)):
         assert batch.inputs.shape == ((6, length) if kind == "bytes" else (6, length, inputs))
-        assert batch.targets.shape == ((6, length) if kind == "bytes" else (6, length, outputs))
-        assert batch.inputs.dtype == batch.targets.dtype == (np.uint8 if kind == "bytes" else np.float32)
+        assert batch.targets.shape == ((6, length) if kind == "bytes" else (6, length, outputs // task.num_classes))
+        assert batch.inputs.dtype == (np.uint8 if kind == "bytes" else np.float32)
+        classes = np.uint8 if kind == "bytes" else np.int64
+        assert batch.targets.dtype == (classes if task.num_classes > 1 else np.float32)
         assert batch.lengths.dtype == np.int64 and batch.lengths.min() >= 1 and batch.lengths.max() <= length
         assert batch.global_count == (6 * length if kind == "bytes" else 6)
         assert all(array.flags.c_contiguous and array.flags.writeable for array in (batch.inputs, batch.targets))
@@ -55,6 +59,7 @@ def test_the_fingerprint_is_json_and_lasts(name: DataName, folder: Path) -> None
 
 def test_the_fingerprint_tells_data_apart() -> None:
     configs = [DataConfig(name="parity"), DataConfig(name="parity", num_bits=8), DataConfig(name="logic", max_gates=2)]
+    configs += [DataConfig(name="addition"), DataConfig(name="addition", max_digits=3), DataConfig(name="sort")]
     assert len({json.dumps(build_task(config).fingerprint()) for config in configs}) == len(configs)
 
 

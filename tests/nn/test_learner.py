@@ -75,6 +75,7 @@ def test_text_sums_count_bytes_within_their_lengths_only() -> None:
         "element_errors": len(wrong),
         "sequences": 3,
         "sequence_errors": len({row for row, _ in wrong}),
+        "asked_sequences": 3,
     }
     expected["ponder_cost"] = expected["ponder_steps"] + expected["remainder"]
     assert by_name(sums) == pytest.approx(expected, rel=1e-6)  # float32 logits
@@ -94,9 +95,36 @@ def test_vector_sums_count_every_output_and_a_sequence_with_any_mistake() -> Non
         {
             "nll": nll, "ponder_cost": 7.75, "ponder_steps": 7, "remainder": 0.75, "positions": 3,
             "elements": 6, "element_errors": 1, "sequences": 2, "sequence_errors": 1,
+            "asked_sequences": 2,
         }, rel=1e-6,
     )  # fmt: skip
     assert loss.item() == pytest.approx(nll + 2 * 7.75, rel=1e-6)
+
+
+def test_class_sums_count_the_targets_that_are_asked_for() -> None:
+    """Two groups of three classes; sequence 0 is asked nothing, 1 is right at its one target, 2 misses one of three."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 2, 6, generator=generator)
+    best = logits.view(3, 2, 2, 3).argmax(-1)
+    targets = torch.full((3, 2, 2), -1)
+    targets[1, 1, 0] = best[1, 1, 0]
+    targets[2, 0] = best[2, 0]
+    targets[2, 1, 1] = (best[2, 1, 1] + 1) % 3
+    targets[0, 1] = 0  # beyond the length of sequence 0
+    stats = PonderStats(torch.tensor([1, 1, 1]), torch.zeros(3), torch.ones(3))
+    learner = Learner(Given(logits.requires_grad_(), stats), is_text=False, time_penalty=0.0, num_classes=3)
+    loss, sums = learner(torch.zeros(3, 2, 1), targets, torch.tensor([1, 2, 2]))
+    asked = [(1, 1, 0), (2, 0, 0), (2, 0, 1), (2, 1, 1)]
+    likelihood = logits.double().view(3, 2, 2, 3).log_softmax(-1)
+    nll = -sum(likelihood[place][int(targets[place])].item() for place in asked)
+    assert loss.item() == pytest.approx(nll, rel=1e-6)
+    figures = by_name(sums)
+    assert (figures["elements"], figures["element_errors"], figures["positions"]) == (4, 1, 5)
+    assert (figures["sequences"], figures["asked_sequences"], figures["sequence_errors"]) == (3, 2, 1)
+    loss.backward()
+    assert logits.grad is not None
+    touched = logits.grad.view(3, 2, 2, 3).abs().sum(-1).nonzero().tolist()
+    assert touched == [list(place) for place in asked]
 
 
 @pytest.mark.parametrize("kind", list(HaltingKind))

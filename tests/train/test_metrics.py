@@ -35,9 +35,9 @@ def test_a_run_that_begins_with_nan_still_finds_its_best() -> None:
 
 
 def test_quality_of_a_task_is_per_sequence() -> None:
-    figures = sums(nll=6.0, elements=12, element_errors=3, sequences=4, sequence_errors=2)
+    figures = sums(nll=6.0, elements=12, element_errors=3, sequences=5, asked_sequences=4, sequence_errors=2)
     row = quality(figures, is_text=False, prefix="val")
-    assert row == pytest.approx({"val/nll": 1.5, "val/sequence_error": 0.5, "val/element_error": 0.25})
+    assert row == pytest.approx({"val/nll": 1.2, "val/sequence_error": 0.5, "val/element_error": 0.25})
 
 
 def test_ponder_figures_are_per_position() -> None:

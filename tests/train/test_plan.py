@@ -33,7 +33,13 @@ CONFIGS: list[dict[str, Any]] = [
 
 def learner_of(config: Config) -> Learner:
     task = build_task(config.data)
-    return build_learner(config.model, is_text=task.kind == "bytes", input_size=task.input_size, output_size=task.output_size)
+    return build_learner(
+        config.model,
+        is_text=task.kind == "bytes",
+        input_size=task.input_size,
+        output_size=task.output_size,
+        num_classes=task.num_classes,
+    )
 
 
 def number(text: str, before: str, after: str) -> int:

@@ -116,7 +116,13 @@ def make_learner(case: Case, task: Task) -> Learner:
     """The fresh model of a case, the same on every rank."""
     config = case.config
     torch.manual_seed(config.seed)
-    learner = build_learner(config.model, is_text=task.kind == "bytes", input_size=task.input_size, output_size=task.output_size)
+    learner = build_learner(
+        config.model,
+        is_text=task.kind == "bytes",
+        input_size=task.input_size,
+        output_size=task.output_size,
+        num_classes=task.num_classes,
+    )
     if case.prepare:
         case.prepare(learner)
     return learner
