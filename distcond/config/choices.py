@@ -16,6 +16,7 @@ class CellName(StrEnum):
 
     tanh = "tanh"
     lstm = "lstm"
+    gru = "gru"
 
 
 class GateName(StrEnum):

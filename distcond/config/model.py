@@ -112,8 +112,8 @@ class ModelConfig:
         """Outputs of the layer that is a tree."""
         if self.name == ModelName.transformer:
             return self.feed_forward
-        is_lstm = self.name == ModelName.rnn and self.cell == CellName.lstm
-        return 4 * self.width if is_lstm else self.width
+        is_gated = self.name == ModelName.rnn and self.cell != CellName.tanh
+        return 4 * self.width if is_gated else self.width
 
     def __post_init__(self) -> None:
         need(self.width >= 1, f"model.width={self.width} is below 1; use 1 or more.")

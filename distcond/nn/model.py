@@ -10,7 +10,7 @@ from distcond.config import CellName, HaltingConfig, HaltingKind, ModelConfig, M
 from distcond.nn.halting import AdaptiveComputation, FixedComputation, PonderStats
 from distcond.nn.linear import TreeOptions
 from distcond.nn.mlp import ResidualCell, VectorMLP, WindowMLP
-from distcond.nn.recurrent import LSTMCell, Recurrent, TanhCell
+from distcond.nn.recurrent import CELLS, Recurrent
 from distcond.nn.transformer import VOCABULARY, Block, Transformer
 
 SUMS = (
@@ -94,7 +94,7 @@ def build_learner(config: ModelConfig, *, is_text: bool, input_size: int, output
         else:
             body = VectorMLP(ponder, input_size, config.width, output_size)
     else:
-        cell = (LSTMCell if config.cell == CellName.lstm else TanhCell)(input_size + 1, config.width, tree)
+        cell = CELLS[config.cell](input_size + 1, config.width, tree)
         ponder = _ponder(cell, config.width, config.halting)
         body = Recurrent(ponder, config.width, 2 if config.cell == CellName.lstm else 1, output_size)
     return Learner(body, is_text=is_text, time_penalty=config.halting.time_penalty, num_classes=num_classes)

@@ -38,6 +38,27 @@ class LSTMCell(nn.Module):
         return torch.sigmoid(read) * torch.tanh(memory), memory
 
 
+class GRUCell(nn.Module):
+    """Gated recurrent unit; one matrix, which may be a tree, makes both gates and both parts of the candidate.
+
+    s' = z s + (1 - z) tanh(a + r b), where r, z, a and b all read [x, s]. In Cho et al. 2014 (arXiv 1406.1078), in the form
+    of `nn.GRUCell`, a reads x alone and b reads s alone: that is the case in which the other weights of a and b are zero.
+    """
+
+    def __init__(self, input_size: int, width: int, tree: TreeOptions) -> None:
+        super().__init__()
+        self.linear = make_linear(input_size + width, 4 * width, tree)
+
+    def forward(self, x: Tensor, state: Tensor, rows: Tensor) -> Tensor:
+        """x [R, I], state [R, H] -> state [R, H]."""
+        reset, keep, of_input, of_state = self.linear(torch.cat([x, state], dim=1)).chunk(4, dim=1)
+        candidate = torch.tanh(of_input + torch.sigmoid(reset) * of_state)
+        return torch.lerp(candidate, state, torch.sigmoid(keep))
+
+
+CELLS: dict[str, type[nn.Module]] = {"tanh": TanhCell, "lstm": LSTMCell, "gru": GRUCell}
+
+
 class Recurrent(nn.Module):
     """Logits at every time step: a cell under a halting module, and a head on the mean-field state.
 

@@ -37,6 +37,7 @@ MODELS: list[dict[str, Any]] = [
     {"name": ModelName.transformer, "width": 8, "heads": 2, "feed_forward": 20},
     {"name": ModelName.rnn, "width": 8, "cell": CellName.tanh},
     {"name": ModelName.rnn, "width": 8, "cell": CellName.lstm},
+    {"name": ModelName.rnn, "width": 8, "cell": CellName.gru},
     {"name": ModelName.mlp, "width": 8},
     {"name": ModelName.mlp, "width": 8, "window": 3, "is_text": True},
 ]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from distcond.nn import AdaptiveComputation, FixedComputation
 from distcond.nn.linear import TreeOptions
-from distcond.nn.recurrent import LSTMCell, Recurrent, TanhCell
+from distcond.nn.recurrent import CELLS, Recurrent
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64; 5 time steps of at most 6 ponder steps on states of size 1
 INPUTS, WIDTH, OUTPUTS, LENGTH = 3, 6, 2, 5
@@ -17,7 +17,7 @@ TREES = [TreeOptions(), TreeOptions(depth=2), TreeOptions(depth=3, full_depth=1,
 
 def build(cell_name: str, kind: str, tree: TreeOptions = TreeOptions(), max_steps: int = 6) -> Recurrent:  # noqa: B008 (frozen)
     torch.manual_seed(0)
-    cell = (LSTMCell if cell_name == "lstm" else TanhCell)(INPUTS + 1, WIDTH, tree)
+    cell = CELLS[cell_name](INPUTS + 1, WIDTH, tree)
     ponder: nn.Module = FixedComputation(cell, max_steps)
     if kind == "act":
         ponder = AdaptiveComputation(cell, WIDTH, max_steps, halting_bias=-1.0)
@@ -52,9 +52,26 @@ def test_the_lstm_cell_is_torchs() -> None:
     torch.testing.assert_close(cell(x, state, torch.arange(4)), other(x, state), **EXACT)
 
 
+def test_the_gru_cell_is_torchs_where_its_candidate_reads_input_and_state_apart() -> None:
+    cell = build("gru", "fixed").ponder.cell
+    other = nn.GRUCell(INPUTS + 1, WIDTH).double()
+    with torch.no_grad():
+        of_input, of_state = cell.linear.weight.chunk(4)[2:]
+        of_input[:, INPUTS + 1 :].zero_()
+        of_state[:, : INPUTS + 1].zero_()
+        reset, keep, _, _ = cell.linear.weight.chunk(4)
+        bias_r, bias_z, bias_a, bias_b = cell.linear.bias.chunk(4)
+        other.weight_ih.copy_(torch.cat([reset, keep, of_input])[:, : INPUTS + 1])
+        other.weight_hh.copy_(torch.cat([reset, keep, of_state])[:, INPUTS + 1 :])
+        other.bias_ih.copy_(torch.cat([bias_r, bias_z, bias_a]))
+        other.bias_hh.copy_(torch.cat([torch.zeros_like(bias_r), torch.zeros_like(bias_z), bias_b]))
+    x, state = torch.randn(4, INPUTS + 1).double(), torch.randn(4, WIDTH).double()
+    torch.testing.assert_close(cell(x, state, torch.arange(4)), other(x, state), **EXACT)
+
+
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("kind", ["act", "fixed"])
-@pytest.mark.parametrize("cell", ["tanh", "lstm"])
+@pytest.mark.parametrize("cell", list(CELLS))
 def test_a_sequence_among_others_is_what_it_is_alone_and_its_cost_is_summed_over_its_time(
     cell: str, kind: str, tree: TreeOptions
 ) -> None:
@@ -78,7 +95,7 @@ def test_a_sequence_among_others_is_what_it_is_alone_and_its_cost_is_summed_over
         assert cost == pytest.approx(steps + remainder) and (length == 0 or cost >= length)
 
 
-@pytest.mark.parametrize("cell", ["tanh", "lstm"])
+@pytest.mark.parametrize("cell", list(CELLS))
 def test_gradient_flows_through_time_and_through_the_cost_of_every_time_step(cell: str) -> None:
     model = build(cell, "act")
     inputs = make_inputs().requires_grad_()
@@ -100,7 +117,7 @@ def test_every_time_step_is_taken_however_short_the_sequences(kind: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["act", "fixed"])
-@pytest.mark.parametrize("cell", ["tanh", "lstm"])
+@pytest.mark.parametrize("cell", list(CELLS))
 def test_it_runs_and_learns_in_bfloat16(cell: str, kind: str) -> None:
     model = build(cell, kind, TREES[2]).bfloat16()
     logits, stats = model(make_inputs().bfloat16(), torch.tensor([5, 1, 3, 0, 4, 5]))
