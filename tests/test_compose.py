@@ -80,7 +80,7 @@ def test_interpolations_are_resolved() -> None:
         ("train.profile=maybe", "train.profile=maybe: needed is true or false."),
         ("optim.deepspeed=3", "optim.deepspeed=3: needed is a mapping, e.g. {a: 1}."),
         ("run.name=null", "run.name=null: needed is text."),
-        ("model.halting.kind=atc", "model.halting.kind=atc: needed is one of none, fixed, act."),
+        ("model.halting.kind=atc", "model.halting.kind=atc: needed is one of none, fixed, act, ponder."),
         ("train=3", "train=3: needed is a value for one of its keys: max_steps, log_every"),
         ("model.tree.depth=63", "model.tree.depth=63 is outside 0..62"),
         ("model.tree.num_trees=3", "model.tree.num_trees=3 does not divide the 256 outputs of the tree layer; use 2 or 4."),

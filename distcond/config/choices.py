@@ -52,6 +52,7 @@ class HaltingKind(StrEnum):
     none = "none"
     fixed = "fixed"
     act = "act"
+    ponder = "ponder"
 
 
 class DataName(StrEnum):

@@ -61,7 +61,7 @@ def tree_cost(in_features: int, out_features: int, tree: TreeConfig) -> TreeCost
 def model_cost(config: ModelConfig, *, is_text: bool, input_size: int, output_size: int, length: int) -> ModelCost:
     """Cost of a model on sequences of `length`; attention counts the mean of (length + 1) / 2 visible positions."""
     width = config.width
-    halting = width + 1 if config.halting.kind == "act" else 0
+    halting = width + 1 if config.halting.kind in {"act", "ponder"} else 0
     if config.name == ModelName.transformer:
         tree = tree_cost(width, config.tree_outputs, config.tree)
         attention = 4 * width * width

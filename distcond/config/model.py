@@ -1,5 +1,6 @@
 """Configuration of a model: the tree of weights and the number of ponder steps are part of every one."""
 
+import math
 from dataclasses import dataclass, field
 
 from distcond.config.check import nearest_divisors, need
@@ -67,23 +68,47 @@ class TreeConfig:
 
 @dataclass(kw_only=True, slots=True)
 class HaltingConfig:
-    """How many ponder steps an input is worth (Graves 2016)."""
+    """How many ponder steps an input is worth (act: Graves 2016; ponder: PonderNet, Banino et al. 2021)."""
 
     kind: HaltingKind = HaltingKind.none
-    "none: one step. fixed: max_steps for everyone (the control). act: each input decides."
+    "none: one step. fixed: max_steps for everyone (the control). act: each input decides. ponder: it does, by a distribution."
     max_steps: int = 100
     "M, the most ponder steps; >= 1."
-    epsilon: float = 0.01
-    "An input halts once its halting probabilities sum to 1 - epsilon; in (0, 1)."
-    time_penalty: float = 1.0e-3
-    "tau, the weight of the ponder cost N + R in the loss; >= 0."
+    epsilon: float | None = None
+    "An input halts once 1 - epsilon of its halting probability is spent; in (0, 1); null: 0.01 (act) or 0.05 (ponder)."
+    time_penalty: float | None = None
+    "act: tau, the weight of the ponder cost N + R in the loss, nats a step; >= 0; null: 0.001, or what target_steps needs."
+    prior_steps: float | None = None
+    "ponder: 1/lambda_p, the mean of the geometric prior, steps; > 1; null: 5, or what target_steps needs."
+    prior_weight: float = 0.01
+    "ponder: beta, the weight of the divergence from the prior in the loss; > 0."
     halting_bias: float = 1.0
     "Initial bias of the halting unit; 1 starts at about two steps."
 
+    @property
+    def least_left(self) -> float:
+        """epsilon, or the published value for this kind of halting."""
+        return self.epsilon if self.epsilon is not None else 0.05 if self.kind == HaltingKind.ponder else 0.01
+
+    @property
+    def initial_penalty(self) -> float:
+        """Weight of the ponder cost in the loss: tau, or the slope of PonderNet's prior, -beta log(1 - lambda_p)."""
+        if self.kind == HaltingKind.ponder:
+            return -self.prior_weight * math.log1p(-1 / (5.0 if self.prior_steps is None else self.prior_steps))
+        return 1.0e-3 if self.time_penalty is None else self.time_penalty
+
     def __post_init__(self) -> None:
         need(self.max_steps >= 1, f"model.halting.max_steps={self.max_steps} is below 1; use 1 or more.")
-        need(0 < self.epsilon < 1, f"model.halting.epsilon={self.epsilon} is outside (0, 1); Graves uses 0.01.")
-        need(self.time_penalty >= 0, f"model.halting.time_penalty={self.time_penalty} is negative; use 0 or more.")
+        need(0 < self.least_left < 1, f"model.halting.epsilon={self.epsilon} is outside (0, 1); Graves uses 0.01.")
+        need((self.time_penalty or 0) >= 0, f"model.halting.time_penalty={self.time_penalty} is negative; use 0 or more.")
+        is_ponder, prior = self.kind == HaltingKind.ponder, self.prior_steps
+        need(prior is None or prior > 1, f"model.halting.prior_steps={prior} is not above 1; Banino et al. use 5.")
+        need(self.prior_weight > 0, f"model.halting.prior_weight={self.prior_weight} is not positive; Banino et al. use 0.01.")
+        need(
+            not is_ponder or self.time_penalty is None,
+            f"model.halting.time_penalty={self.time_penalty} has no meaning for kind=ponder; set prior_steps.",
+        )
+        need(is_ponder or prior is None, f"model.halting.prior_steps={prior} needs kind=ponder; for act set time_penalty.")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -2,6 +2,15 @@
 
 from distcond.nn.flat import FlatTree, flatten
 from distcond.nn.halting import AdaptiveComputation, FixedComputation, PonderStats
+from distcond.nn.pondernet import PonderNet
 from distcond.nn.tree import TreeLinear
 
-__all__ = ["AdaptiveComputation", "FixedComputation", "FlatTree", "PonderStats", "TreeLinear", "flatten"]
+__all__ = [
+    "AdaptiveComputation",
+    "FixedComputation",
+    "FlatTree",
+    "PonderNet",
+    "PonderStats",
+    "TreeLinear",
+    "flatten",
+]

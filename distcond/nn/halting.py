@@ -23,15 +23,76 @@ class AnyRank(Protocol):
 
 
 @dataclass(slots=True)
+class Drafts:
+    """A state after each step of each row, in any order, of which every one makes a prediction (PonderNet, in training)."""
+
+    value: Tensor
+    "States [S, state_size]; what a head makes of them once `read`."
+    rows: Tensor
+    "int64 [S], the place of each one's row; between 0 and B - 1 until `moved`."
+    weight: Tensor
+    "p_n [S], which sum to one over the steps of a row; differentiable."
+
+    def read(self, head: Callable[[Tensor], Tensor]) -> "Drafts":
+        """What a head makes of every state."""
+        return Drafts(head(self.value), self.rows, self.weight)
+
+    def moved(self, places: Tensor) -> "Drafts":
+        """The same, where row i of the batch has place places[i] in a larger one."""
+        return Drafts(self.value, places[self.rows], self.weight)
+
+
+@dataclass(slots=True)
 class PonderStats:
     """What each row spent."""
 
     steps: Tensor
-    "N, int64 [B]."
+    "N, int64 [B]: steps that were executed."
     remainder: Tensor
-    "R, [B]; 0 where the number of steps is not the row's own choice."
+    "R, [B]: the weight of the last step; 0 where the number of steps is not the row's own choice."
     ponder_cost: Tensor
-    "rho = N + R, [B]; differentiable through R."
+    "[B], what a penalty weighs: rho = N + R, differentiable through R (Graves), or the mean of p (PonderNet)."
+    drafts: Drafts | None = None
+    "PonderNet in training: the predictions that the loss is made of."
+
+
+class Running:
+    """The rows of a batch that have not halted, and their states. Rows that halt leave: time follows the steps of each.
+
+    lockstep: see `AdaptiveComputation`.
+    """
+
+    def __init__(self, cell: Cell, x: Tensor, state: State, lockstep: AnyRank | None) -> None:
+        self._cell, self._x, self._example, self._lockstep = cell, x, state, lockstep
+        self.state = _as_tuple(state)
+        if any(len(part) != len(x) for part in self.state):
+            raise ValueError(f"x has {len(x)} rows, the state has {_shapes(self.state)}; both need a row for each of the batch")
+        self.rows = torch.arange(len(x), device=x.device)
+        "int64 [R], places of the running rows in the batch."
+        self.number = 0
+        "Steps done."
+
+    def step(self) -> tuple[Tensor, ...]:
+        """Apply the cell once to all running rows; their states."""
+        self.number += 1
+        x = _with_flag(self._x[self.rows], first=self.number == 1)
+        after = _as_tuple(self._cell(x, like(self._example, self.state), self.rows))
+        if [part.shape for part in after] != [part.shape for part in self.state]:
+            raise ValueError(
+                f"the cell was given a state of {_shapes(self.state)} and returned {_shapes(after)}; "
+                "it must return as many tensors, of the same shapes"
+            )
+        self.state = after
+        return after
+
+    def keep(self, still: Tensor) -> bool:
+        """Let the rows that are not `still` running (bool [R]) leave; whether any runs on, here or in lockstep on any rank."""
+        anyone = still.any().int()
+        if not bool(anyone if self._lockstep is None else self._lockstep.max_(anyone)):
+            return False
+        if not bool(still.all()):
+            self.rows, self.state = self.rows[still], tuple(part[still] for part in self.state)
+        return True
 
 
 class AdaptiveComputation(nn.Module):
@@ -43,6 +104,8 @@ class AdaptiveComputation(nn.Module):
 
     lockstep: set where the cell contains collective calls; ranks then all take the number of steps of the slowest one,
     with no rows where theirs have halted. Such empty steps stay linked to the result, so that backward runs them too.
+    skips_nan: NaN where a halting probability is NaN, for whoever drops such a batch; else that raises ValueError. So do a
+    state that the cell returns in other shapes, and options outside their range.
     """
 
     def __init__(
@@ -54,46 +117,33 @@ class AdaptiveComputation(nn.Module):
         halting_bias: float = 1.0,
     ) -> None:
         super().__init__()
-        if max_steps < 1:
-            raise ValueError(f"max_steps={max_steps} is below 1; use 1 or more")
-        if not 0 < epsilon < 1:
-            raise ValueError(f"epsilon={epsilon} is outside (0, 1); Graves 2016 uses 0.01")
+        check_options(max_steps, epsilon)
         self.cell, self.max_steps, self.epsilon = cell, max_steps, epsilon
         self.halting = HaltingUnit(state_size, halting_bias)
         self.lockstep: AnyRank | None = None
+        self.skips_nan = False
 
     def forward(self, x: Tensor, state: State) -> tuple[State, PonderStats]:
         """x [B, I], state of B rows -> mean-field state of B rows, and what each row spent."""
-        batch = len(x)
-        rows = torch.arange(batch, device=x.device)
-        running: tuple[Tensor, ...] = _as_tuple(state)
-        mean = tuple(torch.zeros_like(part) for part in running)
-        budget = x.new_zeros(batch, dtype=torch.promote_types(x.dtype, torch.float32))
-        steps, remainder = torch.zeros_like(rows), torch.zeros_like(budget)
+        running = Running(self.cell, x, state, self.lockstep)
+        mean = tuple(torch.zeros_like(part) for part in running.state)
+        budget = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+        steps, remainder = torch.zeros_like(running.rows), torch.zeros_like(budget)
         for number in range(1, self.max_steps + 1):
-            running = _as_tuple(self.cell(_with_flag(x[rows], first=number == 1), _like(state, running), rows))
-            h = self.halting(running[0])
+            parts, rows = running.step(), running.rows
+            h = self.halting(parts[0])
             spent = budget[rows]
             halts = (spent.detach() + h.detach() >= 1.0 - self.epsilon) | (number == self.max_steps)
             weight = torch.where(halts, 1.0 - spent, h)
-            mean = tuple(
-                total.index_add(0, rows, part * weight.to(part.dtype).view(-1, *[1] * (part.dim() - 1)))
-                for total, part in zip(mean, running, strict=True)
-            )
+            mean = add_weighted(mean, rows, parts, weight)
             steps = steps.index_fill(0, rows, number)
             remainder = remainder.index_add(0, rows, torch.where(halts, weight, 0.0))
             budget = budget.index_add(0, rows, weight)
-            still = ~halts
-            if not self._anyone(still):
+            if not running.keep(~halts):
                 break
-            if not bool(still.all()):
-                rows, running = rows[still], tuple(part[still] for part in running)
-        return _like(state, mean), PonderStats(steps, remainder, steps + remainder)
-
-    def _anyone(self, still: Tensor) -> bool:
-        """Whether a row runs on, here or (in lockstep) on any rank."""
-        anyone = still.any().int()
-        return bool(anyone if self.lockstep is None else self.lockstep.max_(anyone))
+        if not self.skips_nan:
+            check_finite(remainder)
+        return like(state, mean), PonderStats(steps, remainder, steps + remainder)
 
 
 class FixedComputation(nn.Module):
@@ -126,21 +176,60 @@ class HaltingUnit(nn.Module):
         self.bias = nn.Parameter(torch.full((1,), bias))
 
     def forward(self, state: Tensor) -> Tensor:
-        """Halting probability of each row."""
+        """Halting probability of each row of [R, state_size]."""
+        size = self.weight.shape[1]
+        if state.dim() != 2 or state.shape[1] != size:
+            raise ValueError(f"the first tensor of the state is {list(state.shape)}; halting needs [rows, state_size={size}]")
         dtype = torch.promote_types(state.dtype, torch.float32)
         with torch.autocast(state.device.type, enabled=False):
             scaled = state.to(dtype) / state.shape[1] ** 0.5
             return torch.sigmoid(nn.functional.linear(scaled, self.weight.to(dtype), self.bias.to(dtype)))[:, 0]
 
 
+def join(drafts: list[Drafts]) -> Drafts:
+    """All of them as one; at least one."""
+    return Drafts(*(torch.cat([getattr(draft, name) for draft in drafts]) for name in ("value", "rows", "weight")))
+
+
+def check_options(max_steps: int, epsilon: float) -> None:
+    """Refuse options outside their range. Raises ValueError."""
+    if max_steps < 1:
+        raise ValueError(f"max_steps={max_steps} is below 1; use 1 or more")
+    if not 0 < epsilon < 1:
+        raise ValueError(f"epsilon={epsilon} is outside (0, 1); e.g. 0.01 (Graves 2016) or 0.05 (Banino et al. 2021)")
+
+
+def check_finite(remainder: Tensor) -> None:
+    """Refuse halting probabilities that were NaN, which leave a NaN in their row's remainder. Raises ValueError."""
+    count = int(torch.isnan(remainder).sum())
+    if count:
+        raise ValueError(
+            f"halting probabilities are NaN in {count} of {len(remainder)} rows; look for NaN or infinity in the input and "
+            "the weights, or lower the learning rate"
+        )
+
+
+def add_weighted(total: tuple[Tensor, ...], rows: Tensor, parts: tuple[Tensor, ...], weight: Tensor) -> tuple[Tensor, ...]:
+    """total[rows] += weight * part, for each tensor of a state; weight [R]."""
+    return tuple(
+        sums.index_add(0, rows, part * weight.to(part.dtype).view(-1, *[1] * (part.dim() - 1)))
+        for sums, part in zip(total, parts, strict=True)
+    )
+
+
 def _as_tuple(state: State) -> tuple[Tensor, ...]:
     return state if isinstance(state, tuple) else (state,)
 
 
-def _like(example: State, parts: tuple[Tensor, ...]) -> State:
+def like(example: State, parts: tuple[Tensor, ...]) -> State:
+    """Parts as the kind of state that the example is: a tensor or a tuple of them."""
     return parts if isinstance(example, tuple) else parts[0]
 
 
 def _with_flag(x: Tensor, *, first: bool) -> Tensor:
     """The input with the column that tells a row's first step from its repeats."""
     return torch.cat([x, x.new_full((len(x), 1), float(first))], dim=1)
+
+
+def _shapes(state: tuple[Tensor, ...]) -> str:
+    return " and ".join(str(list(part.shape)) for part in state)

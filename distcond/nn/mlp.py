@@ -4,6 +4,8 @@ Legend: B sequences, T positions, R rows (positions) still running of B x T, W b
 D width, V vocabulary, I input features, O outputs.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -46,7 +48,7 @@ class Head(nn.Module):
 class WindowMLP(nn.Module):
     """Next-byte logits from the `window` bytes up to a position; before the start of a sequence they are vectors of zeros.
 
-    ponder: `AdaptiveComputation` or `FixedComputation` around a `ResidualCell`.
+    ponder: `AdaptiveComputation`, `PonderNet` or `FixedComputation` around a `ResidualCell`.
     """
 
     def __init__(self, ponder: nn.Module, width: int, window: int) -> None:
@@ -61,7 +63,8 @@ class WindowMLP(nn.Module):
         padded_BTE = nn.functional.pad(self.embedding(inputs.long()), (0, 0, self.window - 1, 0))
         state = self.input(padded_BTE.unfold(1, self.window, 1).flatten(2)).flatten(0, 1)
         mean, stats = self.ponder(state.new_empty(len(state), 0), state)
-        return self.head(mean).view(*inputs.shape, VOCABULARY), stats
+        logits = self.head(mean).view(*inputs.shape, VOCABULARY)
+        return logits, stats if stats.drafts is None else replace(stats, drafts=stats.drafts.read(self.head))
 
 
 class VectorMLP(nn.Module):
@@ -83,5 +86,10 @@ class VectorMLP(nn.Module):
         mean, stats = self.ponder(state.new_empty(len(state), 0), state)
         logits_RO = self.head(mean)
         logits = logits_RO.new_zeros(batch, length, logits_RO.shape[1]).index_put((sequence, time), logits_RO)
-        parts = (stats.steps, stats.remainder, stats.ponder_cost)
-        return logits, PonderStats(*(part.new_zeros(batch).index_add(0, sequence, part) for part in parts))
+        steps, remainder, cost = (
+            part.new_zeros(batch).index_add(0, sequence, part) for part in (stats.steps, stats.remainder, stats.ponder_cost)
+        )
+        total = PonderStats(steps, remainder, cost)
+        if stats.drafts is not None:
+            total.drafts = stats.drafts.read(self.head).moved(sequence * length + time)
+        return logits, total

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from distcond.config import CellName, HaltingConfig, HaltingKind, ModelConfig, ModelName, TreeConfig
-from distcond.nn.halting import AdaptiveComputation, FixedComputation, PonderStats
+from distcond.nn.halting import AdaptiveComputation, Drafts, FixedComputation, PonderStats
 from distcond.nn.linear import TreeOptions
 from distcond.nn.mlp import ResidualCell, VectorMLP, WindowMLP
+from distcond.nn.pondernet import PonderNet
 from distcond.nn.recurrent import CELLS, Recurrent
 from distcond.nn.transformer import VOCABULARY, Block, Transformer
 
@@ -24,40 +25,52 @@ SUMS = (
     "sequences",
     "sequence_errors",  # sequences with any mistake
     "asked_sequences",  # sequences with any target
+    "entropy",  # of the halting distributions in nats, where the loss holds it
 )
 
 
 class Learner(nn.Module):
-    """A model together with its loss.
+    """A model together with its loss: task loss + time_penalty x ponder cost - entropy_weight x entropy of halting.
+
+    With PonderNet the task loss in training is the mean over its steps, and the rest beta times its regulariser, up to a
+    constant, if entropy_weight is beta and time_penalty is -beta log(1 - lambda_p).
 
     is_text: bytes, of which each one is a target. num_classes: C, outputs are groups of C with one target class each; 1:
     every output is a binary target of its own.
     """
 
-    def __init__(self, body: nn.Module, *, is_text: bool, time_penalty: float, num_classes: int = 1) -> None:
+    def __init__(
+        self, body: nn.Module, *, is_text: bool, time_penalty: float, entropy_weight: float = 0.0, num_classes: int = 1
+    ) -> None:
         super().__init__()
-        self.body, self.is_text, self.time_penalty = body, is_text, time_penalty
+        self.body, self.is_text, self.time_penalty, self.entropy_weight = body, is_text, time_penalty, entropy_weight
         self.num_classes = VOCABULARY if is_text else num_classes
 
     def forward(self, inputs: Tensor, targets: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss summed over the batch (task loss + time_penalty x ponder cost), and the figures of SUMS, float64.
+        """Loss summed over the batch, and the figures of SUMS, float64.
 
         inputs: bytes [B, T] or vectors [B, T, I]; targets: bytes [B, T], 0/1 [B, T, O] or classes [B, T, G], below 0 where
         nothing is asked; lengths int64 [B].
         """
         logits, stats = self.body(inputs, lengths)
+        drafts = stats.drafts
         valid_BT = torch.arange(logits.shape[1], device=lengths.device) < lengths[:, None]
         if self.is_text:
             stats = _per_sequence(stats, valid_BT)
         nll_BT, wrong_BTG, asked_BTG = self._compare(logits, targets)
+        entropy = nll_BT.new_zeros(())
+        if drafts is not None:
+            nll_BT, entropy = self._mean_over_steps(drafts, targets, valid_BT)
         nll = torch.where(valid_BT, nll_BT, 0.0).sum()
         loss = nll + self.time_penalty * stats.ponder_cost.sum()
+        if drafts is not None:
+            loss = loss - self.entropy_weight * entropy
         asked_BTG = asked_BTG & valid_BT[:, :, None]
         wrong_BTG = wrong_BTG & asked_BTG
         sums = (
             nll, stats.ponder_cost.sum(), stats.steps.sum(), stats.remainder.sum(), lengths.sum(),
             asked_BTG.sum(), wrong_BTG.sum(), (lengths > 0).sum(), wrong_BTG.flatten(1).any(1).sum(),
-            asked_BTG.flatten(1).any(1).sum(),
+            asked_BTG.flatten(1).any(1).sum(), entropy,
         )  # fmt: skip
         return loss, torch.stack([figure.detach().double() for figure in sums])
 
@@ -73,11 +86,22 @@ class Learner(nn.Module):
         nll_BTG = torch.where(asked_BTG, nll.view_as(class_BTG), 0.0)
         return nll_BTG.sum(2), logits_BTGC.argmax(-1) != class_BTG, asked_BTG
 
+    def _mean_over_steps(self, drafts: Drafts, targets: Tensor, valid_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood of each place, weighted over its steps [B, T]; sum of the entropies of the weights."""
+        targets_S = targets.flatten(0, 1)[drafts.rows]
+        nll_S = self._compare(drafts.value[:, None], targets_S[:, None])[0][:, 0]
+        nll_BT = nll_S.new_zeros(valid_BT.numel()).index_add(0, drafts.rows, nll_S * drafts.weight.float()).view_as(valid_BT)
+        # NOTE: the gradient of p log p is infinite at p = 0.
+        entropy_S = torch.special.entr(drafts.weight.clamp(min=torch.finfo(drafts.weight.dtype).tiny))
+        return nll_BT, torch.where(valid_BT.flatten()[drafts.rows], entropy_S, 0.0).sum()
+
 
 def _per_sequence(stats: PonderStats, valid_BT: Tensor) -> PonderStats:
     """Stats of all B x T positions, summed over the valid positions of each sequence."""
-    parts = (part.view_as(valid_BT) for part in (stats.steps, stats.remainder, stats.ponder_cost))
-    return PonderStats(*(torch.where(valid_BT, part, 0).sum(1) for part in parts))
+    steps, remainder, cost = (
+        torch.where(valid_BT, part.view_as(valid_BT), 0).sum(1) for part in (stats.steps, stats.remainder, stats.ponder_cost)
+    )
+    return PonderStats(steps, remainder, cost)
 
 
 def build_learner(config: ModelConfig, *, is_text: bool, input_size: int, output_size: int, num_classes: int = 1) -> Learner:
@@ -97,7 +121,13 @@ def build_learner(config: ModelConfig, *, is_text: bool, input_size: int, output
         cell = CELLS[config.cell](input_size + 1, config.width, tree)
         ponder = _ponder(cell, config.width, config.halting)
         body = Recurrent(ponder, config.width, 2 if config.cell == CellName.lstm else 1, output_size)
-    return Learner(body, is_text=is_text, time_penalty=config.halting.time_penalty, num_classes=num_classes)
+    return Learner(
+        body,
+        is_text=is_text,
+        time_penalty=config.halting.initial_penalty,
+        entropy_weight=config.halting.prior_weight,
+        num_classes=num_classes,
+    )
 
 
 def tree_options(config: TreeConfig) -> TreeOptions:
@@ -116,6 +146,9 @@ def tree_options(config: TreeConfig) -> TreeOptions:
 
 
 def _ponder(cell: nn.Module, width: int, halting: HaltingConfig) -> nn.Module:
-    if halting.kind == HaltingKind.act:
-        return AdaptiveComputation(cell, width, halting.max_steps, halting.epsilon, halting.halting_bias)
+    if halting.kind in {HaltingKind.act, HaltingKind.ponder}:
+        kind = AdaptiveComputation if halting.kind == HaltingKind.act else PonderNet
+        ponder = kind(cell, width, halting.max_steps, halting.least_left, halting.halting_bias)
+        ponder.skips_nan = True  # the engine skips a step that is not finite
+        return ponder
     return FixedComputation(cell, halting.max_steps if halting.kind == HaltingKind.fixed else 1)

@@ -6,7 +6,7 @@ Legend: B sequences, T time steps, I input features, H hidden units, O outputs, 
 import torch
 from torch import Tensor, nn
 
-from distcond.nn.halting import PonderStats, State
+from distcond.nn.halting import PonderStats, State, join
 from distcond.nn.linear import TreeOptions, make_linear
 
 
@@ -79,7 +79,7 @@ class Recurrent(nn.Module):
         states = tuple(inputs.new_zeros(batch, self.width) for _ in range(self.num_states))
         zeros = inputs.new_zeros(batch, dtype=torch.promote_types(inputs.dtype, torch.float32))
         total = PonderStats(torch.zeros_like(lengths), zeros, zeros)
-        logits = []
+        logits, drafts = [], []
         for time in range(length):
             rows = (lengths > time).nonzero()[:, 0]
             running: State = tuple(part[rows] for part in states)
@@ -87,9 +87,13 @@ class Recurrent(nn.Module):
             parts = mean if isinstance(mean, tuple) else (mean,)
             states = tuple(old.index_copy(0, rows, new) for old, new in zip(states, parts, strict=True))
             logits.append(self.head(states[0]))
+            if stats.drafts is not None:
+                drafts.append(stats.drafts.moved(rows * length + time))
             total = PonderStats(
                 total.steps.index_add(0, rows, stats.steps),
                 total.remainder.index_add(0, rows, stats.remainder),
                 total.ponder_cost.index_add(0, rows, stats.ponder_cost),
             )
+        if drafts:
+            total.drafts = join(drafts).read(self.head)
         return torch.stack(logits, dim=1), total

@@ -6,6 +6,8 @@ over its steps forms only its output.
 Legend: B sequences, T positions, R rows (positions) still running of B x T, D width, H heads, V vocabulary.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -67,7 +69,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Next-byte logits: embedding, a block under a halting module, a head.
 
-    ponder: `AdaptiveComputation` or `FixedComputation` around the block.
+    ponder: `AdaptiveComputation`, `PonderNet` or `FixedComputation` around the block.
     """
 
     def __init__(self, block: Block, ponder: nn.Module, width: int) -> None:
@@ -85,7 +87,12 @@ class Transformer(nn.Module):
         self.block[0].start(batch, length)
         mean, stats = self.ponder(state.new_empty(len(state), 0), state)
         self.block[0].start(0, 0)
-        return self.head(self.norm(mean)).view(batch, length, VOCABULARY), stats
+        logits = self._read(mean).view(batch, length, VOCABULARY)
+        return logits, stats if stats.drafts is None else replace(stats, drafts=stats.drafts.read(self._read))
+
+    def _read(self, state_RD: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.norm(state_RD))
+        return logits
 
 
 def rotate(x: Tensor) -> Tensor:

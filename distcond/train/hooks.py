@@ -1,16 +1,16 @@
 """What happens beside training: stop requests, metrics, validation, checkpoints, profiles."""
 
 import logging
-import math
 import time
 
 import torch
 
 from distcond.config import TrainConfig
 from distcond.config.cost import ModelCost
+from distcond.nn.model import SUMS
 from distcond.tracking import Tracker
 from distcond.train.checkpoint import save_checkpoint
-from distcond.train.metrics import Meter, is_better, ponder, quality, tree_usage
+from distcond.train.metrics import Meter, is_better, mean_loss, ponder, quality, tree_usage
 from distcond.train.run_folder import write_json
 from distcond.train.schedule import learning_rate
 from distcond.train.state import Run, validate
@@ -49,11 +49,9 @@ class LogHook:
         row: dict[str, float] = {"step": run.step}
         figures = quality(sums, is_text=run.learner.is_text, prefix="train")
         pondering = ponder(sums)
-        nll = figures["train/bpb"] * math.log(2) if run.learner.is_text else figures["train/nll"]
-        per_count = 1.0 if run.learner.is_text else float(sums[4] / sums[7])
-        row["train/loss"] = nll + run.learner.time_penalty * pondering["ponder/cost"] * per_count
+        row["train/loss"] = mean_loss(sums, run.learner)
         row |= figures | pondering | tree_usage(run.learner, world, expert)
-        performance = run.meter.performance(expert, float(sums[4]))
+        performance = run.meter.performance(expert, float(sums[SUMS.index("positions")]))
         if self.peak_tflops:
             flops = 6 * self.cost.macs(pondering["ponder/steps"]) * performance["perf/tokens_per_s"]
             performance["perf/mfu"] = flops / (self.peak_tflops * 1e12 * world.size)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distcond.nn import TreeLinear
-from distcond.nn.model import SUMS
+from distcond.nn.model import SUMS, Learner
 from distcond.table import Collective
 from distcond.train.table_files import tree_layers
 
@@ -32,6 +32,16 @@ def quality(sums: Tensor, *, is_text: bool, prefix: str) -> dict[str, float]:
         f"{prefix}/sequence_error": _ratio(figure["sequence_errors"], figure["asked_sequences"]),
         f"{prefix}/element_error": _ratio(figure["element_errors"], figure["elements"]),
     }
+
+
+def mean_loss(sums: Tensor, learner: Learner) -> float:
+    """Loss per target byte (text) or per sequence, with the penalty as it is now."""
+    figure = dict(zip(SUMS, sums.tolist(), strict=True))
+    figures = quality(sums, is_text=learner.is_text, prefix="train")
+    nll = figures["train/bpb"] * math.log(2) if learner.is_text else figures["train/nll"]
+    per_count = 1.0 if learner.is_text else _ratio(figure["positions"], figure["sequences"])
+    cost = learner.time_penalty * ponder(sums)["ponder/cost"] * per_count
+    return nll + cost - learner.entropy_weight * _ratio(figure["entropy"], figure["positions"]) * per_count
 
 
 def is_better(value: float, best: Mapping[str, Any] | None) -> bool:

@@ -13,7 +13,7 @@ def describe(config: Config) -> str:
     """Parameters, MACs, sharding plan and bytes per rank of a run; the corpus is not opened."""
     cost = cost_of(config)
     halting, tree, cluster = config.model.halting, config.model.tree, config.cluster
-    most = {HaltingKind.none: 1, HaltingKind.fixed: halting.max_steps, HaltingKind.act: halting.max_steps}[halting.kind]
+    most = 1 if halting.kind == HaltingKind.none else halting.max_steps
     lines = [
         f"dense parameters    {cost.dense_parameters:,}",
         f"node parameters     {_count(cost.node_parameters)} if every node comes to exist{_limit(config)}",

@@ -143,4 +143,4 @@ def test_macs_of_a_model_are_those_it_carries_out(
         assert macs.attention > 0 and len(stats.steps.unique()) == 1
         counted += steps * sum(2 * t * config.width for t in range(1, LENGTH + 1)) // LENGTH
     assert counted == positions * cost.macs(steps / positions)
-    assert steps == positions * {HaltingKind.none: 1, HaltingKind.fixed: 3, HaltingKind.act: 2}[kind]
+    assert steps == positions * {HaltingKind.none: 1, HaltingKind.fixed: 3, HaltingKind.act: 2, HaltingKind.ponder: 1}[kind]

@@ -1,5 +1,6 @@
 """Models and their sums: what is counted, what is averaged over, and that parts of a batch add up to the whole."""
 
+import math
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distcond.config import CellName, HaltingConfig, HaltingKind, ModelConfig, ModelName, TreeConfig
-from distcond.nn import AdaptiveComputation, FixedComputation, PonderStats
+from distcond.nn import AdaptiveComputation, FixedComputation, PonderNet, PonderStats, TreeLinear
 from distcond.nn.model import SUMS, Learner, build_learner
 
 LENGTHS = torch.tensor([4, 2, 0, 3])
@@ -28,7 +29,7 @@ class Given(nn.Module):
 def config(name: ModelName, kind: HaltingKind, **options: Any) -> ModelConfig:
     return ModelConfig(
         name=name, width=8, heads=2, feed_forward=16, tree=TreeConfig(depth=2, rank=2, full_depth=1),
-        halting=HaltingConfig(kind=kind, max_steps=3, time_penalty=0.1), **options,
+        halting=HaltingConfig(kind=kind, max_steps=3, time_penalty=None if kind == HaltingKind.ponder else 0.1), **options,
     )  # fmt: skip
 
 
@@ -76,6 +77,7 @@ def test_text_sums_count_bytes_within_their_lengths_only() -> None:
         "sequences": 3,
         "sequence_errors": len({row for row, _ in wrong}),
         "asked_sequences": 3,
+        "entropy": 0,
     }
     expected["ponder_cost"] = expected["ponder_steps"] + expected["remainder"]
     assert by_name(sums) == pytest.approx(expected, rel=1e-6)  # float32 logits
@@ -95,7 +97,7 @@ def test_vector_sums_count_every_output_and_a_sequence_with_any_mistake() -> Non
         {
             "nll": nll, "ponder_cost": 7.75, "ponder_steps": 7, "remainder": 0.75, "positions": 3,
             "elements": 6, "element_errors": 1, "sequences": 2, "sequence_errors": 1,
-            "asked_sequences": 2,
+            "asked_sequences": 2, "entropy": 0,
         }, rel=1e-6,
     )  # fmt: skip
     assert loss.item() == pytest.approx(nll + 2 * 7.75, rel=1e-6)
@@ -143,9 +145,13 @@ def test_parts_of_a_batch_add_up_to_the_whole_in_loss_sums_and_gradient(name: Mo
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)  # losses are float32
 
 
+@pytest.mark.parametrize("kind", [HaltingKind.act, HaltingKind.ponder])
 @pytest.mark.parametrize("name", list(ModelName))
-def test_what_lies_beyond_the_lengths_does_not_matter(name: ModelName) -> None:
-    learner = build(name).eval()
+def test_what_lies_beyond_the_lengths_does_not_matter(name: ModelName, kind: HaltingKind) -> None:
+    learner = build(name, kind)
+    for module in learner.modules():
+        if isinstance(module, TreeLinear):
+            module.eval()  # its thresholds follow every token that it sees
     inputs, targets, lengths = batch_for(name)
     loss, sums = learner(inputs, targets, lengths)
     for row, length in enumerate(lengths.tolist()):
@@ -164,6 +170,40 @@ def test_controls_take_their_steps_at_every_position(name: ModelName, kind: Halt
     assert not [module for module in learner.modules() if isinstance(module, AdaptiveComputation)]
 
 
+@pytest.mark.parametrize("name", list(ModelName))
+def test_with_pondernet_training_weighs_the_steps_and_evaluation_takes_the_median_one(name: ModelName) -> None:
+    learner = build(name, HaltingKind.ponder)
+    for module in learner.modules():
+        if isinstance(module, TreeLinear):
+            module.eval()
+    inputs, targets, lengths = batch_for(name)
+    loss, sums = learner(inputs, targets, lengths)
+    drafts = learner.body(inputs, lengths)[1].drafts
+    valid = torch.arange(4) < lengths[:, None]
+    nll = entropy = mean_steps = 0.0
+    for place in range(16):
+        sequence, time = divmod(place, 4)
+        if not valid[sequence, time]:
+            continue
+        chosen = drafts.rows == place
+        weights, logits = drafts.weight[chosen].tolist(), drafts.value[chosen].float()
+        assert len(weights) == 3 and sum(weights) == pytest.approx(1)  # sigmoid(1): 0.02 is left after three steps
+        for number, (weight, answer) in enumerate(zip(weights, logits, strict=True), start=1):
+            target = targets[sequence, time]
+            if name == ModelName.transformer:
+                nll -= weight * answer.log_softmax(0)[int(target)].item()
+            else:
+                nll += weight * nn.functional.binary_cross_entropy_with_logits(answer, target.float(), reduction="sum").item()
+            entropy -= weight * math.log(weight)
+            mean_steps += weight * number
+    figures = by_name(sums)
+    assert (figures["nll"], figures["entropy"], figures["ponder_cost"]) == pytest.approx((nll, entropy, mean_steps), rel=1e-5)
+    beta, slope = 0.01, -math.log(1 - 1 / 5)  # the published defaults
+    assert loss.item() == pytest.approx(nll + beta * (slope * mean_steps - entropy), rel=1e-5)
+    _, evaluated = learner.eval()(inputs, targets, lengths)
+    assert by_name(evaluated)["ponder_steps"] == 9 and by_name(evaluated)["entropy"] == 0  # sigmoid(1) > 1/2: one step each
+
+
 def test_options_reach_their_modules() -> None:
     halting = HaltingConfig(kind=HaltingKind.act, max_steps=7, epsilon=0.2, time_penalty=0.3, halting_bias=2.0)
     tree_config = TreeConfig(depth=3, full_depth=1, rank=5)
@@ -173,5 +213,10 @@ def test_options_reach_their_modules() -> None:
     assert (ponder.max_steps, ponder.epsilon, ponder.halting.bias.item(), learner.time_penalty) == (7, 0.2, 2.0, 0.3)
     tree = ponder.cell.linear
     assert (tree.in_features, tree.out_features, tree.depth, tree.full_depth, tree.rank) == (12, 32, 3, 1, 5)
+    halting = HaltingConfig(kind=HaltingKind.ponder, max_steps=7, prior_steps=2.0, prior_weight=0.3)
+    learner = build_learner(ModelConfig(name=ModelName.rnn, halting=halting), is_text=False, input_size=3, output_size=2)
+    pondernet = next(module for module in learner.modules() if isinstance(module, PonderNet))
+    assert (pondernet.max_steps, pondernet.epsilon, learner.entropy_weight) == (7, 0.05, 0.3)
+    assert learner.time_penalty == pytest.approx(0.3 * math.log(2))
     fixed = next(m for m in build(ModelName.rnn, HaltingKind.fixed).modules() if isinstance(m, FixedComputation))
     assert fixed.num_steps == 3

@@ -130,6 +130,9 @@ UNEVEN = {
     **{f"{kind}, ZeRO 1": uneven(kind, 1) for kind in ("halting", "empty rank")},
     "halting, no tables, ZeRO 3": uneven("halting", 3, model__tree__depth=0, model__tree__full_depth=None),
     "halting, dense tree, ZeRO 0": uneven("halting", 0, model__tree__storage="dense"),
+    "PonderNet halting, ZeRO 3": uneven("halting", 3, model__halting__kind="ponder"),
+    "PonderNet, ragged, ZeRO 1": uneven("ragged", 1, model__halting__kind="ponder"),
+    "classes, gru, ZeRO 2": case(2, data__name="addition", data__max_length=3, data__max_digits=2, model__cell="gru"),
     "levels scaled by their gates": case(1, model__tree__gate_gradient="magnitude"),
     "gates learn from flips": case(1, model__tree__gate_gradient="flip_sampled"),
     "no gate gradient, ZeRO 0": case(0, model__tree__gate_gradient="none"),
@@ -153,7 +156,7 @@ def test_uneven_ranks_agree_and_do_not_hang(uneven_pairs: dict[str, tuple[Trace,
 
 def test_uneven_cases_are_uneven(uneven_pairs: dict[str, tuple[Trace, Trace]]) -> None:
     steps = SUMS.index("ponder_steps")
-    for name in ("halting, ZeRO 1", "halting, no tables, ZeRO 3"):
+    for name in ("halting, ZeRO 1", "halting, no tables, ZeRO 3", "PonderNet halting, ZeRO 3"):
         assert [figures[steps] for figures in uneven_pairs[name][0].figures] == [4 * 1 + 4 * 6] * FEW
     nodes = uneven_pairs["subtree, ZeRO 3"][0].rows["body.ponder.cell.linear/full/rows"].keys()
     assert nodes == {0, 2}, "the left subtree, and with it rank 0, got a token"

@@ -16,7 +16,7 @@ from distcond.data.batches import LocalFeeder
 from distcond.data.tasks import Task
 from distcond.nn import AdaptiveComputation, TreeLinear
 from distcond.nn.gates import Gate
-from distcond.nn.model import Learner, build_learner
+from distcond.nn.model import SUMS, Learner, build_learner
 from distcond.optim.row_adam import add_state
 from tests.helpers import changed
 
@@ -178,7 +178,7 @@ def train_plainly(case: Case, num_steps: int) -> Trace:
     trace, watch = Trace(), MarginWatch(learner)
     for step in range(num_steps):
         adam.zero_grad()
-        figures = torch.zeros(9, dtype=torch.float64)
+        figures = torch.zeros(len(SUMS), dtype=torch.float64)
         for micro in range(optim.accumulation):
             batch = feeder.get(step, micro)
             loss, sums = learner(*(torch.tensor(array) for array in (batch.inputs, batch.targets, batch.lengths)))

@@ -1,0 +1,35 @@
+"""Configuration of a model: halting's options, their meaning for each kind, and what is refused."""
+
+import math
+from typing import Any
+
+import pytest
+
+from distcond.config import HaltingConfig
+from distcond.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_steps": 0}, "model.halting.max_steps=0 is below 1"),
+        ({"epsilon": 0.0}, r"model.halting.epsilon=0.0 is outside \(0, 1\)"),
+        ({"epsilon": 1.0}, r"model.halting.epsilon=1.0 is outside \(0, 1\)"),
+        ({"time_penalty": -0.1}, "model.halting.time_penalty=-0.1 is negative"),
+        ({"kind": "ponder", "prior_steps": 1.0}, "model.halting.prior_steps=1.0 is not above 1"),
+        ({"kind": "ponder", "prior_weight": 0.0}, "model.halting.prior_weight=0.0 is not positive"),
+        ({"kind": "ponder", "time_penalty": 0.1}, "model.halting.time_penalty=0.1 has no meaning for kind=ponder"),
+        ({"kind": "act", "prior_steps": 5.0}, "model.halting.prior_steps=5.0 needs kind=ponder"),
+    ],
+)
+def test_impossible_halting_is_refused_in_a_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        HaltingConfig(**options)
+
+
+def test_what_is_left_out_has_the_published_value_of_its_kind() -> None:
+    act, ponder = HaltingConfig(kind="act"), HaltingConfig(kind="ponder")
+    assert (act.least_left, ponder.least_left) == (0.01, 0.05)
+    assert HaltingConfig(kind="ponder", epsilon=0.2).least_left == 0.2
+    assert (act.initial_penalty, HaltingConfig(kind="act", time_penalty=0.0).initial_penalty) == (0.001, 0.0)
+    assert ponder.initial_penalty == pytest.approx(-0.01 * math.log(1 - 0.2))
