@@ -82,6 +82,8 @@ class HaltingConfig:
     "ponder: 1/lambda_p, the mean of the geometric prior, steps; > 1; null: 5, or what target_steps needs."
     prior_weight: float = 0.01
     "ponder: beta, the weight of the divergence from the prior in the loss; > 0."
+    target_steps: float | None = None
+    "A budget instead of a penalty: the mean executed steps of training do not exceed it; 1 to max_steps; null: none."
     halting_bias: float = 1.0
     "Initial bias of the halting unit; 1 starts at about two steps."
 
@@ -92,7 +94,12 @@ class HaltingConfig:
 
     @property
     def initial_penalty(self) -> float:
-        """Weight of the ponder cost in the loss: tau, or the slope of PonderNet's prior, -beta log(1 - lambda_p)."""
+        """Weight of the ponder cost in the loss: tau, or the slope of PonderNet's prior, -beta log(1 - lambda_p).
+
+        Under a budget it is 0 at first, and then what `StepBudget` finds: for PonderNet, another prior.
+        """
+        if self.target_steps is not None:
+            return 0.0
         if self.kind == HaltingKind.ponder:
             return -self.prior_weight * math.log1p(-1 / (5.0 if self.prior_steps is None else self.prior_steps))
         return 1.0e-3 if self.time_penalty is None else self.time_penalty
@@ -108,6 +115,18 @@ class HaltingConfig:
             not is_ponder or self.time_penalty is None,
             f"model.halting.time_penalty={self.time_penalty} has no meaning for kind=ponder; set prior_steps.",
         )
+        target, decides = self.target_steps, self.kind in {HaltingKind.act, HaltingKind.ponder}
+        need(target is None or decides, f"model.halting.target_steps={target} needs kind=act or ponder; kind={self.kind}.")
+        need(
+            target is None or 1 <= target <= self.max_steps,
+            f"model.halting.target_steps={target} is outside 1..{self.max_steps} (model.halting.max_steps).",
+        )
+        for name in ("time_penalty", "prior_steps"):
+            value = getattr(self, name)
+            need(
+                target is None or value is None,
+                f"model.halting.target_steps={target} finds the penalty itself, but {name}={value}; set one of them.",
+            )
         need(is_ponder or prior is None, f"model.halting.prior_steps={prior} needs kind=ponder; for act set time_penalty.")
 
 

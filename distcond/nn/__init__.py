@@ -1,5 +1,6 @@
 """Layers and models. `TreeLinear` and `AdaptiveComputation` need torch alone and fit into anyone's code."""
 
+from distcond.nn.budget import StepBudget
 from distcond.nn.flat import FlatTree, flatten
 from distcond.nn.halting import AdaptiveComputation, FixedComputation, PonderStats
 from distcond.nn.pondernet import PonderNet
@@ -11,6 +12,7 @@ __all__ = [
     "FlatTree",
     "PonderNet",
     "PonderStats",
+    "StepBudget",
     "TreeLinear",
     "flatten",
 ]

@@ -50,6 +50,8 @@ class LogHook:
         figures = quality(sums, is_text=run.learner.is_text, prefix="train")
         pondering = ponder(sums)
         row["train/loss"] = mean_loss(sums, run.learner)
+        if run.budget is not None:
+            row["ponder/penalty"] = run.budget.penalty
         row |= figures | pondering | tree_usage(run.learner, world, expert)
         performance = run.meter.performance(expert, float(sums[SUMS.index("positions")]))
         if self.peak_tflops:
@@ -111,6 +113,7 @@ class CheckpointHook:
             tables=run.engine.tables,
             state={
                 "updates": run.updates,
+                "budget": run.budget and run.budget.state_dict(),
                 "summary": run.summary,
                 "world_size": run.engine.tables.world.size,
                 "threads": torch.get_num_threads(),

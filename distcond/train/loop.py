@@ -11,11 +11,13 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distcond.config import Config
 from distcond.config.cost import model_cost
 from distcond.data.batches import Feeder
 from distcond.data.tasks import Task, build_task
+from distcond.nn.model import SUMS
 from distcond.ops import kernels
 from distcond.tracking import Tracker
 from distcond.train.hooks import CheckpointHook, LogHook, ProfileHook, StopHook, ValidationHook, peak_tflops
@@ -47,19 +49,31 @@ def train_step(run: Run) -> None:
     """One optimiser step: every micro-batch forward and backward, then the update of the dense part and the tables."""
     accumulation = run.config.optim.accumulation
     lr = learning_rate(run.config.optim, run.step, run.config.train.max_steps)
+    step_sums = torch.zeros(len(SUMS), dtype=torch.float64)
     for micro in range(accumulation):
         start = time.perf_counter()
         batch = run.feeder.get(run.step, micro)
         run.meter.data_wait_s += time.perf_counter() - start
         loss, sums = run.engine(*tensors(batch, run.engine.device))
-        run.meter.sums += sums.cpu()
+        step_sums += sums.cpu()
         # DeepSpeed divides by ranks and micro-batches; the loss is a sum over the count of the whole batch.
         run.engine.backward(loss * (run.engine.tables.world.size * accumulation / batch.global_count))
         run.engine.step(lr)
+    if run.budget is not None and run.engine.step_is_applied:
+        spend(run, step_sums, lr)
+    run.meter.sums += step_sums
     run.step += 1
     run.updates += run.engine.step_is_applied
     run.meter.steps += 1
     run.meter.skipped += not run.engine.step_is_applied
+
+
+def spend(run: Run, sums: Tensor, lr: float) -> None:
+    """Tell the budget of ponder steps what this step's whole batch took; what it answers weighs the next one."""
+    assert run.budget is not None
+    figure = dict(zip(SUMS, run.engine.tables.world.sum_(sums.clone()).tolist(), strict=True))
+    run.budget.commit(figure["ponder_steps"] / figure["positions"], figure["nll"] / figure["positions"], lr)
+    run.learner.time_penalty = run.budget.penalty
 
 
 def make_hooks(run: Run, task: Task, settings: dict[str, Any]) -> list[Hook]:

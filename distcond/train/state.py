@@ -10,6 +10,7 @@ from torch import Tensor
 from distcond.config import Config
 from distcond.data.batches import Batch, Feeder, num_validation_batches
 from distcond.data.tasks import Task
+from distcond.nn.budget import StepBudget
 from distcond.nn.model import SUMS, Learner, build_learner
 from distcond.ops import use_kernels
 from distcond.train.checkpoint import latest_checkpoint, read_dense, read_state
@@ -36,6 +37,8 @@ class Run:
     "Steps that changed the weights."
     meter: Meter = field(default_factory=Meter)
     summary: dict[str, Any] = field(default_factory=dict)
+    budget: StepBudget | None = None
+    "What sets the learner's penalty, where the run has target_steps."
     stop: bool = False
 
     @property
@@ -64,9 +67,11 @@ def start_run(config: Config, folder: RunFolder, feeder: Feeder, task: Task) -> 
     learner = build_learner(
         config.model, is_text=is_text, input_size=task.input_size, output_size=task.output_size, num_classes=task.num_classes
     )
+    target = config.model.halting.target_steps
+    budget = None if target is None else StepBudget(target)
     checkpoint = latest_checkpoint(folder.checkpoints)
     if checkpoint is None:
-        run = Run(config, folder, feeder, Engine(learner, config), learner)
+        run = Run(config, folder, feeder, Engine(learner, config), learner, budget=budget)
     else:
         state, dense = read_state(checkpoint), read_dense(checkpoint, learner)
         weights = {name: dense[f"{name}/weight"] for name, _ in learner.named_parameters()}
@@ -75,7 +80,11 @@ def start_run(config: Config, folder: RunFolder, feeder: Feeder, task: Task) -> 
         expert = engine.tables.expert
         log_decay = load_tables(checkpoint, learner, rank=expert.rank, size=expert.size)
         engine.tables.optimizer.log_decay = log_decay
-        run = Run(config, folder, feeder, engine, learner, state["step"], state["updates"], summary=state["summary"])
+        done = {"step": state["step"], "updates": state["updates"], "summary": state["summary"]}
+        run = Run(config, folder, feeder, engine, learner, **done, budget=budget)
+        if run.budget is not None:
+            run.budget.load_state_dict(state["budget"])
+            learner.time_penalty = run.budget.penalty
         log.info("Continuing %s from step %d.", folder.path, run.step)
     for layer in tree_layers(learner).values():
         layer.records_loads = True

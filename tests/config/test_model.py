@@ -20,6 +20,11 @@ from distcond.errors import ConfigError
         ({"kind": "ponder", "prior_weight": 0.0}, "model.halting.prior_weight=0.0 is not positive"),
         ({"kind": "ponder", "time_penalty": 0.1}, "model.halting.time_penalty=0.1 has no meaning for kind=ponder"),
         ({"kind": "act", "prior_steps": 5.0}, "model.halting.prior_steps=5.0 needs kind=ponder"),
+        ({"kind": "act", "target_steps": 0.9}, "model.halting.target_steps=0.9 is outside 1..100"),
+        ({"kind": "act", "target_steps": 5.0, "max_steps": 4}, "model.halting.target_steps=5.0 is outside 1..4"),
+        ({"kind": "act", "target_steps": 2.0, "time_penalty": 0.0}, "finds the penalty itself, but time_penalty=0.0"),
+        ({"kind": "ponder", "target_steps": 2.0, "prior_steps": 3.0}, "finds the penalty itself, but prior_steps=3.0"),
+        ({"kind": "fixed", "target_steps": 2.0}, "model.halting.target_steps=2.0 needs kind=act or ponder"),
     ],
 )
 def test_impossible_halting_is_refused_in_a_line(options: dict[str, Any], message: str) -> None:
@@ -32,4 +37,5 @@ def test_what_is_left_out_has_the_published_value_of_its_kind() -> None:
     assert (act.least_left, ponder.least_left) == (0.01, 0.05)
     assert HaltingConfig(kind="ponder", epsilon=0.2).least_left == 0.2
     assert (act.initial_penalty, HaltingConfig(kind="act", time_penalty=0.0).initial_penalty) == (0.001, 0.0)
+    assert HaltingConfig(kind="act", target_steps=2.0).initial_penalty == 0.0
     assert ponder.initial_penalty == pytest.approx(-0.01 * math.log(1 - 0.2))

@@ -60,7 +60,8 @@ def metric_rows(folder: Path) -> list[dict[str, float]]:
 
 # ---- resume ------------------------------------------------------------------------------------------------------------
 
-# Everything that has a state of its own: momenta, decay that rows catch up on, a schedule, clipping, gates' statistics.
+# Everything that has a state of its own: momenta, decay that rows catch up on, a schedule, clipping, gates' statistics,
+# a budget of ponder steps.
 OPTIONS = {
     "cluster__num_workers": 2,
     "train__max_steps": 4,
@@ -69,6 +70,7 @@ OPTIONS = {
     "optim__schedule": "cosine",
     "optim__warmup_steps": 2,
     "optim__accumulation": 2,
+    "model__halting__target_steps": 1.5,
 }
 
 
@@ -102,7 +104,10 @@ def test_resumed_run_is_the_uninterrupted_one(resumed: dict[str, Path], name: st
     straight, broken = resumed[name] / "straight", resumed[name] / "broken"
     for last in ("step_00000002", "step_00000004"):
         assert digests(broken / "checkpoints" / last) == digests(straight / "checkpoints" / last)
-    assert metric_rows(broken) == metric_rows(straight)  # the third step is there once
+    rows = metric_rows(straight)
+    assert metric_rows(broken) == rows  # the third step is there once
+    penalties = [row["ponder/penalty"] for row in rows if "ponder/penalty" in row]
+    assert len(set(penalties)) == 4 and min(penalties) > 0
     tables = load_file(straight / "checkpoints/step_00000004/tables_00000_of_00002.safetensors")
     owners = next(owner.tolist() for name, owner in tables.items() if name.endswith("/owner"))
     moved = owners != [subtree % 2 for subtree in range(len(owners))]

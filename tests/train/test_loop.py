@@ -12,6 +12,7 @@ import torch.distributed as dist
 from distcond.config import Config
 from distcond.data.batch import Batch
 from distcond.data.batches import LocalFeeder
+from distcond.nn import StepBudget
 from tests.helpers import changed, folder_of, run_ranks, small_config, train_here, train_run
 
 TRAINING = {
@@ -43,7 +44,7 @@ def test_every_metric_is_there_and_finite(text_run: Config) -> None:
 
 
 def test_metrics_are_consistent(text_run: Config) -> None:
-    tau = text_run.model.halting.time_penalty
+    tau = text_run.model.halting.initial_penalty
     for row in (row for row in rows_of(text_run) if "train/loss" in row):
         assert row["train/loss"] == pytest.approx(row["train/bpb"] * math.log(2) + tau * row["ponder/cost"])
         assert row["ponder/cost"] == pytest.approx(row["ponder/steps"] + row["ponder/remainder"])
@@ -124,6 +125,22 @@ def test_validations_fall_on_their_interval_and_the_last_step(tmp_path: Path) ->
     config = small_config(tmp_path, cluster__num_workers=1, train__eval_every=3)
     train_run(config)
     assert [row["step"] for row in rows_of(config) if "val/nll" in row] == [3, 4]
+
+
+@pytest.mark.parametrize(("num_workers", "accumulation"), [(1, 1), (2, 2)])
+def test_the_budget_sees_the_steps_and_the_loss_of_the_whole_batch_once_an_update(
+    tmp_path: Path, num_workers: int, accumulation: int
+) -> None:
+    size = {"cluster__num_workers": num_workers, "optim__accumulation": accumulation}
+    config = small_config(tmp_path, **size, model__halting__target_steps=1.5, train__max_steps=5)
+    train_run(config, InfiniteFeeder)
+    rows = [row for row in rows_of(config) if "ponder/penalty" in row]
+    budget = StepBudget(1.5)
+    assert [row["optim/skipped_steps"] for row in rows] == [1, 0, 0, 0, 0] and rows[0]["ponder/penalty"] == 0.0
+    for row in rows[1:]:  # a vector of parity is a sequence of one position
+        budget.commit(row["ponder/steps"], row["train/nll"], row["optim/lr"])
+        assert row["ponder/penalty"] == pytest.approx(budget.penalty, rel=1e-12)
+        assert row["train/loss"] == pytest.approx(row["train/nll"] + budget.penalty * row["ponder/cost"])
 
 
 class InfiniteFeeder(LocalFeeder):
