@@ -151,6 +151,8 @@ class FixedComputation(nn.Module):
 
     def __init__(self, cell: Cell, num_steps: int) -> None:
         super().__init__()
+        if num_steps < 1:
+            raise ValueError(f"num_steps={num_steps} is below 1; use 1 or more")
         self.cell, self.num_steps = cell, num_steps
 
     def forward(self, x: Tensor, state: State) -> tuple[State, PonderStats]:
