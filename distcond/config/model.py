@@ -135,7 +135,7 @@ class ModelConfig:
     """A model; both research axes, `tree` and `halting`, are part of every one."""
 
     name: ModelName = ModelName.transformer
-    "transformer: a weight-tied causal block over bytes. rnn: a recurrent cell. mlp: a residual block over bytes or vectors."
+    "transformer: a weight-tied causal block over bytes. rnn, mlp: a recurrent cell, or a residual block, over bytes or vectors."
     width: int = 128
     "Size of the state of a position (transformer, mlp) or of the recurrent state (rnn); >= 1."
     heads: int = 4

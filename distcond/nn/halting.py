@@ -4,7 +4,7 @@ Legend: B rows of the batch, R rows still running, I input features, N steps.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -27,19 +27,11 @@ class Drafts:
     """A state after each step of each row, in any order, of which every one makes a prediction (PonderNet, in training)."""
 
     value: Tensor
-    "States [S, state_size]; what a head makes of them once `read`."
+    "States [S, state_size], or what a head has made of them."
     rows: Tensor
-    "int64 [S], the place of each one's row; between 0 and B - 1 until `moved`."
+    "int64 [S], the place of each one's row."
     weight: Tensor
     "p_n [S], which sum to one over the steps of a row; differentiable."
-
-    def read(self, head: Callable[[Tensor], Tensor]) -> "Drafts":
-        """What a head makes of every state."""
-        return Drafts(head(self.value), self.rows, self.weight)
-
-    def moved(self, places: Tensor) -> "Drafts":
-        """The same, where row i of the batch has place places[i] in a larger one."""
-        return Drafts(self.value, places[self.rows], self.weight)
 
 
 @dataclass(slots=True)
@@ -54,6 +46,12 @@ class PonderStats:
     "[B], what a penalty weighs: rho = N + R, differentiable through R (Graves), or the mean of p (PonderNet)."
     drafts: Drafts | None = None
     "PonderNet in training: the predictions that the loss is made of."
+
+    def read(self, head: Callable[[Tensor], Tensor]) -> "PonderStats":
+        """The same, with what a head makes of the state of every draft."""
+        if self.drafts is None:
+            return self
+        return replace(self, drafts=replace(self.drafts, value=head(self.drafts.value)))
 
 
 class Running:
@@ -191,6 +189,18 @@ class HaltingUnit(nn.Module):
 def join(drafts: list[Drafts]) -> Drafts:
     """All of them as one; at least one."""
     return Drafts(*(torch.cat([getattr(draft, name) for draft in drafts]) for name in ("value", "rows", "weight")))
+
+
+def placed(spent: list[tuple[Tensor, PonderStats]], size: int, head: Callable[[Tensor], Tensor]) -> PonderStats:
+    """Stats of rows that pondered apart, among `size` positions, and what a head reads in their drafts.
+
+    spent: at least one; the places int64 [R] of each one's rows, which differ, and its stats. Zeros where no row has its place.
+    """
+    places = torch.cat([rows for rows, _ in spent])
+    parts = [torch.cat([getattr(stats, name) for _, stats in spent]) for name in ("steps", "remainder", "ponder_cost")]
+    steps, remainder, cost = (part.new_zeros(size).index_copy(0, places, part) for part in parts)
+    drafts = [replace(stats.drafts, rows=rows[stats.drafts.rows]) for rows, stats in spent if stats.drafts is not None]
+    return PonderStats(steps, remainder, cost, join(drafts) if drafts else None).read(head)
 
 
 def check_options(max_steps: int, epsilon: float) -> None:

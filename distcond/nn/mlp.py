@@ -4,13 +4,11 @@ Legend: B sequences, T positions, R rows (positions) still running of B x T, W b
 D width, V vocabulary, I input features, O outputs.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
 from distcond.config.model import EMBEDDING
-from distcond.nn.halting import PonderStats
+from distcond.nn.halting import PonderStats, placed
 from distcond.nn.linear import TreeOptions, make_linear
 from distcond.nn.transformer import VOCABULARY
 
@@ -64,7 +62,7 @@ class WindowMLP(nn.Module):
         state = self.input(padded_BTE.unfold(1, self.window, 1).flatten(2)).flatten(0, 1)
         mean, stats = self.ponder(state.new_empty(len(state), 0), state)
         logits = self.head(mean).view(*inputs.shape, VOCABULARY)
-        return logits, stats if stats.drafts is None else replace(stats, drafts=stats.drafts.read(self.head))
+        return logits, stats.read(self.head)
 
 
 class VectorMLP(nn.Module):
@@ -76,9 +74,9 @@ class VectorMLP(nn.Module):
         self.input, self.head = nn.Linear(input_size, width), Head(width, output_size)
 
     def forward(self, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, PonderStats]:
-        """Vectors [B, T, I], lengths int64 [B] -> logits [B, T, O] and stats summed over time, per sequence [B].
+        """Vectors [B, T, I], lengths int64 [B] -> logits [B, T, O] and the stats of all B x T positions.
 
-        Logits beyond a sequence's length are zeros: nothing is computed for them.
+        Both are zeros beyond a sequence's length: nothing is computed there.
         """
         batch, length, _ = inputs.shape
         sequence, time = (torch.arange(length, device=lengths.device) < lengths[:, None]).nonzero(as_tuple=True)
@@ -86,10 +84,4 @@ class VectorMLP(nn.Module):
         mean, stats = self.ponder(state.new_empty(len(state), 0), state)
         logits_RO = self.head(mean)
         logits = logits_RO.new_zeros(batch, length, logits_RO.shape[1]).index_put((sequence, time), logits_RO)
-        steps, remainder, cost = (
-            part.new_zeros(batch).index_add(0, sequence, part) for part in (stats.steps, stats.remainder, stats.ponder_cost)
-        )
-        total = PonderStats(steps, remainder, cost)
-        if stats.drafts is not None:
-            total.drafts = stats.drafts.read(self.head).moved(sequence * length + time)
-        return logits, total
+        return logits, placed([(sequence * length + time, stats)], batch * length, self.head)

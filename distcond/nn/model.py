@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from distcond.config import CellName, HaltingConfig, HaltingKind, ModelConfig, ModelName, TreeConfig
-from distcond.nn.halting import AdaptiveComputation, Drafts, FixedComputation, PonderStats
+from distcond.nn.halting import AdaptiveComputation, Drafts, FixedComputation
 from distcond.nn.linear import TreeOptions
 from distcond.nn.mlp import ResidualCell, VectorMLP, WindowMLP
 from distcond.nn.pondernet import PonderNet
@@ -53,22 +53,20 @@ class Learner(nn.Module):
         nothing is asked; lengths int64 [B].
         """
         logits, stats = self.body(inputs, lengths)
-        drafts = stats.drafts
         valid_BT = torch.arange(logits.shape[1], device=lengths.device) < lengths[:, None]
-        if self.is_text:
-            stats = _per_sequence(stats, valid_BT)
         nll_BT, wrong_BTG, asked_BTG = self._compare(logits, targets)
         entropy = nll_BT.new_zeros(())
-        if drafts is not None:
-            nll_BT, entropy = self._mean_over_steps(drafts, targets, valid_BT)
+        if stats.drafts is not None:
+            nll_BT, entropy = self._mean_over_steps(stats.drafts, targets, valid_BT)
         nll = torch.where(valid_BT, nll_BT, 0.0).sum()
-        loss = nll + self.time_penalty * stats.ponder_cost.sum()
-        if drafts is not None:
+        steps, remainder, cost = (_total(part, valid_BT) for part in (stats.steps, stats.remainder, stats.ponder_cost))
+        loss = nll + self.time_penalty * cost
+        if stats.drafts is not None:
             loss = loss - self.entropy_weight * entropy
         asked_BTG = asked_BTG & valid_BT[:, :, None]
         wrong_BTG = wrong_BTG & asked_BTG
         sums = (
-            nll, stats.ponder_cost.sum(), stats.steps.sum(), stats.remainder.sum(), lengths.sum(),
+            nll, cost, steps, remainder, lengths.sum(),
             asked_BTG.sum(), wrong_BTG.sum(), (lengths > 0).sum(), wrong_BTG.flatten(1).any(1).sum(),
             asked_BTG.flatten(1).any(1).sum(), entropy,
         )  # fmt: skip
@@ -96,12 +94,9 @@ class Learner(nn.Module):
         return nll_BT, torch.where(valid_BT.flatten()[drafts.rows], entropy_S, 0.0).sum()
 
 
-def _per_sequence(stats: PonderStats, valid_BT: Tensor) -> PonderStats:
-    """Stats of all B x T positions, summed over the valid positions of each sequence."""
-    steps, remainder, cost = (
-        torch.where(valid_BT, part.view_as(valid_BT), 0).sum(1) for part in (stats.steps, stats.remainder, stats.ponder_cost)
-    )
-    return PonderStats(steps, remainder, cost)
+def _total(part: Tensor, valid_BT: Tensor) -> Tensor:
+    """Sum over the valid ones of B x T positions."""
+    return torch.where(valid_BT, part.view_as(valid_BT), 0).sum(1).sum()
 
 
 def build_learner(config: ModelConfig, *, is_text: bool, input_size: int, output_size: int, num_classes: int = 1) -> Learner:

@@ -6,8 +6,9 @@ Legend: B sequences, T time steps, I input features, H hidden units, O outputs, 
 import torch
 from torch import Tensor, nn
 
-from distcond.nn.halting import PonderStats, State, join
+from distcond.nn.halting import PonderStats, State, placed
 from distcond.nn.linear import TreeOptions, make_linear
+from distcond.nn.transformer import VOCABULARY
 
 
 class TanhCell(nn.Module):
@@ -71,15 +72,16 @@ class Recurrent(nn.Module):
         self.head = nn.Linear(width, output_size)
 
     def forward(self, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, PonderStats]:
-        """Vectors [B, T, I], lengths int64 [B] -> logits [B, T, O] and stats summed over time, per sequence [B].
+        """Vectors [B, T, I] or bytes [B, T], lengths int64 [B] -> logits [B, T, O] and the stats of all B x T positions.
 
-        All T steps are taken, with no rows where every sequence has ended: ranks stay in lockstep over ragged lengths.
+        Bytes are one-hot vectors. All T steps are taken, with no rows where every sequence has ended: ranks stay in lockstep
+        over ragged lengths. Stats beyond a sequence's length are zeros.
         """
+        if inputs.dim() == 2:
+            inputs = nn.functional.one_hot(inputs.long(), VOCABULARY).to(self.head.weight.dtype)
         batch, length, _ = inputs.shape
         states = tuple(inputs.new_zeros(batch, self.width) for _ in range(self.num_states))
-        zeros = inputs.new_zeros(batch, dtype=torch.promote_types(inputs.dtype, torch.float32))
-        total = PonderStats(torch.zeros_like(lengths), zeros, zeros)
-        logits, drafts = [], []
+        logits, spent = [], []
         for time in range(length):
             rows = (lengths > time).nonzero()[:, 0]
             running: State = tuple(part[rows] for part in states)
@@ -87,13 +89,5 @@ class Recurrent(nn.Module):
             parts = mean if isinstance(mean, tuple) else (mean,)
             states = tuple(old.index_copy(0, rows, new) for old, new in zip(states, parts, strict=True))
             logits.append(self.head(states[0]))
-            if stats.drafts is not None:
-                drafts.append(stats.drafts.moved(rows * length + time))
-            total = PonderStats(
-                total.steps.index_add(0, rows, stats.steps),
-                total.remainder.index_add(0, rows, stats.remainder),
-                total.ponder_cost.index_add(0, rows, stats.ponder_cost),
-            )
-        if drafts:
-            total.drafts = join(drafts).read(self.head)
-        return torch.stack(logits, dim=1), total
+            spent.append((rows * length + time, stats))
+        return torch.stack(logits, dim=1), placed(spent, batch * length, self.head)

@@ -6,8 +6,6 @@ over its steps forms only its output.
 Legend: B sequences, T positions, R rows (positions) still running of B x T, D width, H heads, V vocabulary.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -88,7 +86,7 @@ class Transformer(nn.Module):
         mean, stats = self.ponder(state.new_empty(len(state), 0), state)
         self.block[0].start(0, 0)
         logits = self._read(mean).view(batch, length, VOCABULARY)
-        return logits, stats if stats.drafts is None else replace(stats, drafts=stats.drafts.read(self._read))
+        return logits, stats.read(self._read)
 
     def _read(self, state_RD: Tensor) -> Tensor:
         logits: Tensor = self.head(self.norm(state_RD))

@@ -38,6 +38,7 @@ MODELS: list[dict[str, Any]] = [
     {"name": ModelName.rnn, "width": 8, "cell": CellName.tanh},
     {"name": ModelName.rnn, "width": 8, "cell": CellName.lstm},
     {"name": ModelName.rnn, "width": 8, "cell": CellName.gru},
+    {"name": ModelName.rnn, "width": 8, "cell": CellName.gru, "is_text": True},
     {"name": ModelName.mlp, "width": 8},
     {"name": ModelName.mlp, "width": 8, "window": 3, "is_text": True},
 ]

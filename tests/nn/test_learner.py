@@ -89,7 +89,8 @@ def test_text_sums_count_bytes_within_their_lengths_only() -> None:
 def test_vector_sums_count_every_output_and_a_sequence_with_any_mistake() -> None:
     logits = torch.tensor([[[3.0, -3.0], [-1.0, 2.0]], [[1.0, 1.0], [9.0, 9.0]]])
     targets = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 0.0]]])  # one mistake, then two out of reach
-    stats = PonderStats(torch.tensor([5, 2]), torch.tensor([0.5, 0.25]), torch.tensor([5.5, 2.25]))
+    steps, remainder = torch.tensor([3, 2, 2, 9]), torch.tensor([0.25, 0.25, 0.25, 0.5])  # the last one out of reach
+    stats = PonderStats(steps, remainder, steps + remainder)
     loss, sums = Learner(Given(logits, stats), is_text=False, time_penalty=2.0)(logits, targets, torch.tensor([2, 1]))
     margins = [3.0, 3.0, 1.0, 2.0, 1.0, -1.0]  # how far each output within its length is on the right side
     nll = sum(torch.nn.functional.softplus(torch.tensor(-margin)).item() for margin in margins)
@@ -113,7 +114,7 @@ def test_class_sums_count_the_targets_that_are_asked_for() -> None:
     targets[2, 0] = best[2, 0]
     targets[2, 1, 1] = (best[2, 1, 1] + 1) % 3
     targets[0, 1] = 0  # beyond the length of sequence 0
-    stats = PonderStats(torch.tensor([1, 1, 1]), torch.zeros(3), torch.ones(3))
+    stats = PonderStats(torch.ones(6, dtype=torch.int64), torch.zeros(6), torch.ones(6))
     learner = Learner(Given(logits.requires_grad_(), stats), is_text=False, time_penalty=0.0, num_classes=3)
     loss, sums = learner(torch.zeros(3, 2, 1), targets, torch.tensor([1, 2, 2]))
     asked = [(1, 1, 0), (2, 0, 0), (2, 0, 1), (2, 1, 1)]

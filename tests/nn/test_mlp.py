@@ -1,7 +1,5 @@
 """Feed-forward models: a prediction sees its window and nothing else; the block is its formula."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -94,18 +92,19 @@ def test_sequences_of_a_batch_do_not_see_each_other() -> None:
 
 @pytest.mark.parametrize("kind", ["fixed", "act"])
 @pytest.mark.parametrize("tree", TREES)
-def test_a_vector_is_answered_alone_and_costs_are_summed_within_lengths(tree: TreeOptions, kind: str) -> None:
+def test_a_vector_is_answered_alone_at_the_same_cost(tree: TreeOptions, kind: str) -> None:
     model, x, lengths = vector_model(kind, tree), some_vectors(), torch.tensor([LENGTH, 0, 3, 1])
     logits, stats = model(x, lengths)
     assert logits.shape == (4, LENGTH, OUTPUTS) and stats.steps.dtype == torch.int64
     for row, length in enumerate(lengths.tolist()):
-        sums: dict[str, Any] = {"steps": 0, "remainder": 0.0, "ponder_cost": 0.0}
         for time in range(length):
             alone, own = model(x[row : row + 1, time : time + 1], torch.tensor([1]))
             torch.testing.assert_close(logits[row, time], alone[0, 0], **EXACT)
-            sums = {name: total + getattr(own, name)[0].item() for name, total in sums.items()}
+            for name in ("steps", "remainder", "ponder_cost"):
+                expected = getattr(own, name)[0].item()
+                assert getattr(stats, name)[row * LENGTH + time].item() == pytest.approx(expected, abs=1e-6)  # float32
         assert not logits[row, length:].any()
-        assert {name: getattr(stats, name)[row].item() for name in sums} == pytest.approx(sums, abs=1e-6)  # float32 sums
+        assert not stats.steps[row * LENGTH + length : (row + 1) * LENGTH].any()
 
 
 @pytest.mark.parametrize("tree", TREES)

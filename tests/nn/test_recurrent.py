@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from distcond.nn import AdaptiveComputation, FixedComputation
 from distcond.nn.linear import TreeOptions
 from distcond.nn.recurrent import CELLS, Recurrent
+from distcond.nn.transformer import VOCABULARY
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64; 5 time steps of at most 6 ponder steps on states of size 1
 INPUTS, WIDTH, OUTPUTS, LENGTH = 3, 6, 2, 5
@@ -72,27 +73,23 @@ def test_the_gru_cell_is_torchs_where_its_candidate_reads_input_and_state_apart(
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("kind", ["act", "fixed"])
 @pytest.mark.parametrize("cell", list(CELLS))
-def test_a_sequence_among_others_is_what_it_is_alone_and_its_cost_is_summed_over_its_time(
-    cell: str, kind: str, tree: TreeOptions
-) -> None:
+def test_a_sequence_among_others_is_what_it_is_alone_at_the_same_cost(cell: str, kind: str, tree: TreeOptions) -> None:
     model, inputs = build(cell, kind, tree), make_inputs()
     lengths = torch.tensor([5, 1, 3, 0, 4, 5])
     logits, stats = model(inputs, lengths)
     assert logits.shape == (6, LENGTH, OUTPUTS)
     for row, length in enumerate(lengths.tolist()):
-        steps, remainder, cost = 0, 0.0, 0.0
         state: Any = tuple(torch.zeros(1, WIDTH, dtype=torch.float64) for _ in range(model.num_states))
         for time in range(length):
             mean, spent = model.ponder(inputs[row : row + 1, time], state if model.num_states > 1 else state[0])
             state = mean if isinstance(mean, tuple) else (mean,)
             torch.testing.assert_close(logits[row, time], model.head(state[0])[0], **EXACT)
-            steps += int(spent.steps)
-            remainder += spent.remainder.item()
-            cost += spent.ponder_cost.item()
-        assert int(stats.steps[row]) == steps
-        assert stats.remainder[row].item() == pytest.approx(remainder, abs=1e-12)
-        assert stats.ponder_cost[row].item() == pytest.approx(cost, abs=1e-12)
-        assert cost == pytest.approx(steps + remainder) and (length == 0 or cost >= length)
+            place = row * LENGTH + time
+            assert int(stats.steps[place]) == int(spent.steps)
+            assert stats.remainder[place].item() == pytest.approx(spent.remainder.item(), abs=1e-12)
+            assert stats.ponder_cost[place].item() == pytest.approx(spent.ponder_cost.item(), abs=1e-12)
+        assert not stats.steps[row * LENGTH + length : (row + 1) * LENGTH].any()
+    torch.testing.assert_close(stats.ponder_cost, stats.steps + stats.remainder, **EXACT)
 
 
 @pytest.mark.parametrize("cell", list(CELLS))
@@ -124,3 +121,16 @@ def test_it_runs_and_learns_in_bfloat16(cell: str, kind: str) -> None:
     assert logits.dtype == torch.bfloat16 and stats.ponder_cost.dtype == torch.float32
     (logits.float().square().mean() + stats.ponder_cost.mean()).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["act", "fixed"])
+def test_bytes_are_one_hot_vectors(kind: str) -> None:
+    torch.manual_seed(0)
+    cell = CELLS["gru"](VOCABULARY + 1, WIDTH, TreeOptions())
+    ponder = AdaptiveComputation(cell, WIDTH) if kind == "act" else FixedComputation(cell, 2)
+    model = Recurrent(ponder, WIDTH, 1, VOCABULARY).double()
+    text, lengths = torch.randint(256, (3, LENGTH), dtype=torch.uint8), torch.tensor([5, 0, 3])
+    logits, stats = model(text, lengths)
+    vectors = torch.eye(256, dtype=torch.float64)[text.long()]
+    other, other_stats = model(vectors, lengths)
+    assert torch.equal(logits, other) and torch.equal(stats.ponder_cost, other_stats.ponder_cost)
