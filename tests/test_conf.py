@@ -10,6 +10,7 @@ import yaml  # type: ignore[import-untyped]
 
 from distcond.compose import compose, compose_node, override, to_dict
 from distcond.config import Config
+from distcond.train.fits import sizes
 
 CONF = Path(__file__).parents[1] / "conf"
 FILES = sorted(file.relative_to(CONF).as_posix().removesuffix(".yaml") for file in CONF.glob("*/*.yaml"))
@@ -96,3 +97,23 @@ def test_the_default_model_takes_any_depth(depth: int) -> None:
 def test_the_control_has_neither_tree_nor_halting() -> None:
     model = compose_node(["experiment=dense"]).model
     assert (model.tree.depth, model.halting.kind) == (0, "none")
+
+
+GRAVES = {  # name -> inputs, outputs, width, batch, most steps: the sizes of the paper's five tasks
+    "parity": (64, 1, 128, 128, 100),
+    "logic": (102, 1, 128, 16, 100),
+    "addition": (50, 66, 512, 32, 20),
+    "sort": (2, 15, 512, 16, 100),
+    "text": (256, 256, 1500, 16, 100),
+}
+
+
+@pytest.mark.parametrize("control", [[], ["model.halting.kind=none"], ["model.halting.kind=fixed", "model.halting.max_steps=3"]])
+@pytest.mark.parametrize("name", GRAVES)
+def test_graves_experiments_have_his_sizes_and_their_controls(name: str, control: list[str]) -> None:
+    config = compose([f"experiment=graves_{name}", *control])
+    inputs, outputs, width, batch, steps = GRAVES[name]
+    shape = sizes(config.data)
+    assert (shape[1], shape[2], config.model.width, config.data.global_batch_size) == (inputs, outputs, width, batch)
+    assert config.model.cell == ("tanh" if name == "parity" else "lstm") and config.model.tree.depth == 0
+    assert control or (config.model.halting.kind, config.model.halting.max_steps) == ("act", steps)

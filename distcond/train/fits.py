@@ -40,7 +40,7 @@ def check_fits(config: Config) -> None:
 
 def cost_of(config: Config) -> ModelCost:
     """Closed-form cost of a configuration's model on its data."""
-    is_text, input_size, output_size, length = _sizes(config.data)
+    is_text, input_size, output_size, length = sizes(config.data)
     return model_cost(config.model, is_text=is_text, input_size=input_size, output_size=output_size, length=length)
 
 
@@ -54,7 +54,8 @@ def dense_bytes(config: Config, cost: ModelCost) -> float:
     return weights + gradients + (master + 8) * number / (ranks if stage >= 1 else 1)
 
 
-def _sizes(data: DataConfig) -> tuple[bool, int, int, int]:
+def sizes(data: DataConfig) -> tuple[bool, int, int, int]:
+    """Whether data are bytes; numbers a step going in and coming out; steps of an example. No text is opened."""
     if data.name in GENERATED:
         task = GENERATED[data.name](data)
         return False, task.input_size, task.output_size, task.max_length
