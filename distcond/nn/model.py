@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from distcond.config import CellName, HaltingConfig, HaltingKind, ModelConfig, ModelName, TreeConfig
+from distcond.nn.cells import CELLS
 from distcond.nn.halting import AdaptiveComputation, Drafts, FixedComputation
 from distcond.nn.linear import TreeOptions
 from distcond.nn.mlp import ResidualCell, VectorMLP, WindowMLP
 from distcond.nn.pondernet import PonderNet
-from distcond.nn.recurrent import CELLS, Recurrent
+from distcond.nn.recurrent import Recurrent
 from distcond.nn.transformer import VOCABULARY, Block, Transformer
 
 SUMS = (

@@ -6,58 +6,10 @@ Legend: B sequences, T time steps, I input features, H hidden units, O outputs, 
 import torch
 from torch import Tensor, nn
 
-from distcond.nn.halting import PonderStats, State, placed
-from distcond.nn.linear import TreeOptions, make_linear
+from distcond.nn.cells import RecurrentCell
+from distcond.nn.halting import AdaptiveComputation, FixedComputation, PonderStats, State, check_finite, placed
+from distcond.nn.recurrent_loop import Plan, RecurrentLoop
 from distcond.nn.transformer import VOCABULARY
-
-
-class TanhCell(nn.Module):
-    """s' = tanh(W [x, s] + b); W may be a tree."""
-
-    def __init__(self, input_size: int, width: int, tree: TreeOptions) -> None:
-        super().__init__()
-        self.linear = make_linear(input_size + width, width, tree)
-
-    def forward(self, x: Tensor, state: Tensor, rows: Tensor) -> Tensor:
-        """x [R, I], state [R, H] -> state [R, H]."""
-        return torch.tanh(self.linear(torch.cat([x, state], dim=1)))
-
-
-class LSTMCell(nn.Module):
-    """Long short-term memory; one matrix, which may be a tree, makes the four gates (Hochreiter & Schmidhuber 1997)."""
-
-    def __init__(self, input_size: int, width: int, tree: TreeOptions) -> None:
-        super().__init__()
-        self.linear = make_linear(input_size + width, 4 * width, tree)
-
-    def forward(self, x: Tensor, state: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
-        """x [R, I], state (output, memory) each [R, H] -> the same."""
-        output, memory = state
-        gates = self.linear(torch.cat([x, output], dim=1))
-        write, forget, read, candidate = gates.chunk(4, dim=1)
-        memory = torch.sigmoid(forget) * memory + torch.sigmoid(write) * torch.tanh(candidate)
-        return torch.sigmoid(read) * torch.tanh(memory), memory
-
-
-class GRUCell(nn.Module):
-    """Gated recurrent unit; one matrix, which may be a tree, makes both gates and both parts of the candidate.
-
-    s' = z s + (1 - z) tanh(a + r b), where r, z, a and b all read [x, s]. In Cho et al. 2014 (arXiv 1406.1078), in the form
-    of `nn.GRUCell`, a reads x alone and b reads s alone: that is the case in which the other weights of a and b are zero.
-    """
-
-    def __init__(self, input_size: int, width: int, tree: TreeOptions) -> None:
-        super().__init__()
-        self.linear = make_linear(input_size + width, 4 * width, tree)
-
-    def forward(self, x: Tensor, state: Tensor, rows: Tensor) -> Tensor:
-        """x [R, I], state [R, H] -> state [R, H]."""
-        reset, keep, of_input, of_state = self.linear(torch.cat([x, state], dim=1)).chunk(4, dim=1)
-        candidate = torch.tanh(of_input + torch.sigmoid(reset) * of_state)
-        return torch.lerp(candidate, state, torch.sigmoid(keep))
-
-
-CELLS: dict[str, type[nn.Module]] = {"tanh": TanhCell, "lstm": LSTMCell, "gru": GRUCell}
 
 
 class Recurrent(nn.Module):
@@ -77,6 +29,8 @@ class Recurrent(nn.Module):
         Bytes are one-hot vectors. All T steps are taken, with no rows where every sequence has ended: ranks stay in lockstep
         over ragged lengths. Stats beyond a sequence's length are zeros.
         """
+        if isinstance(self.ponder, AdaptiveComputation | FixedComputation) and _is_plain(self.ponder):
+            return self._in_one_loop(self.ponder, inputs, lengths)
         if inputs.dim() == 2:
             inputs = nn.functional.one_hot(inputs.long(), VOCABULARY).to(self.head.weight.dtype)
         batch, length, _ = inputs.shape
@@ -91,3 +45,36 @@ class Recurrent(nn.Module):
             logits.append(self.head(states[0]))
             spent.append((rows * length + time, stats))
         return torch.stack(logits, dim=1), placed(spent, batch * length, self.head)
+
+    def _in_one_loop(
+        self, ponder: AdaptiveComputation | FixedComputation, inputs: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, PonderStats]:
+        """The same by `RecurrentLoop`."""
+        cell = ponder.cell
+        assert isinstance(cell, RecurrentCell) and isinstance(cell.linear, nn.Linear)
+        weights = (cell.linear.weight, cell.linear.bias)
+        if isinstance(ponder, FixedComputation):
+            plan = Plan(type(cell), ponder.num_steps, None)
+            states, steps, remainder = RecurrentLoop.apply(plan, lengths, inputs, *weights, None, weights[1])  # type: ignore[no-untyped-call]
+        else:
+            plan, halting = Plan(type(cell), ponder.max_steps, ponder.epsilon), ponder.halting
+            given = (plan, lengths, inputs, *weights, halting.weight, halting.bias)
+            states, steps, remainder = RecurrentLoop.apply(*given)  # type: ignore[no-untyped-call]
+            if not ponder.skips_nan:
+                check_finite(remainder.flatten())
+        steps, remainder = steps.flatten(), remainder.flatten()
+        return self.head(states), PonderStats(steps, remainder, steps + remainder)
+
+
+def _is_plain(ponder: AdaptiveComputation | FixedComputation) -> bool:
+    """Whether `RecurrentLoop` serves: a cell of ours with a dense fp32 or fp64 matrix, whose steps no other rank waits for."""
+    if type(ponder) not in {AdaptiveComputation, FixedComputation} or getattr(ponder, "lockstep", None) is not None:
+        return False
+    cell = ponder.cell
+    if not isinstance(cell, RecurrentCell) or type(cell.linear) is not nn.Linear:
+        return False
+    weight = cell.linear.weight
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(module, name) for module in (cell, cell.linear) for name in hooks):
+        return False  # whoever hooks a module wants it called; NOTE: so does ZeRO 3, whose parameters are whole only then
+    return weight.dtype in {torch.float32, torch.float64} and not torch.is_autocast_enabled(weight.device.type)

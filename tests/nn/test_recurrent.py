@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from distcond.nn import AdaptiveComputation, FixedComputation
+from distcond.nn.cells import CELLS
 from distcond.nn.linear import TreeOptions
-from distcond.nn.recurrent import CELLS, Recurrent
+from distcond.nn.recurrent import Recurrent
 from distcond.nn.transformer import VOCABULARY
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64; 5 time steps of at most 6 ponder steps on states of size 1
