@@ -28,6 +28,7 @@ from distcond.ops.batched_path import batched_path
 from tests.ops.test_native import leaves_of
 from tests.ops.test_scaled import factors
 from tests.ops.test_tree_matmul import DETAILS, EXACT, SHAPES, Case, assert_rows_hold, contribution, make_case, naive
+from tests.pairs import every_pair
 
 WAITS = {
     Tensor.tolist, Tensor.item, Tensor.cpu, Tensor.numpy, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__,
@@ -72,10 +73,11 @@ def counted_waits() -> Iterator[list[str]]:
 # ---- the path --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["some", "one", "own"])
-@pytest.mark.parametrize("tokens", [0, 1, 13])
-@pytest.mark.parametrize(("depth", "num_trees"), [(0, 1), (5, 1), (62, 1), (5, 3)])
-def test_path_is_that_of_the_cpu_and_waits_once(depth: int, num_trees: int, tokens: int, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("forest", "tokens", "kind"), every_pair([(0, 1), (5, 1), (62, 1), (5, 3)], [0, 1, 13], ["some", "one", "own"])
+)
+def test_path_is_that_of_the_cpu_and_waits_once(forest: tuple[int, int], tokens: int, kind: str) -> None:
+    depth, num_trees = forest
     leaf = leaves_of(kind, tokens, depth)
     leaf += (torch.arange(tokens) % num_trees) << depth
     with counted_waits() as waits:
