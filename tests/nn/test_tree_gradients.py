@@ -23,7 +23,7 @@ def assert_margin(layer: TreeLinear, x: Tensor, margin: float) -> None:
 
 
 @pytest.mark.parametrize("options", SHAPES)
-@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("depth", [0, 1, 2])
 def test_gradients_of_input_and_nodes_are_finite_differences(depth: int, options: dict[str, Any]) -> None:
     if "full_depth" in options:
         options = options | {"full_depth": min(options["full_depth"], depth)}
@@ -95,7 +95,7 @@ def test_gradient_and_output_are_those_of_the_formula(kind: tuple[str, str], opt
     assert wanted_planes.abs().max() > 0.1  # there was something to learn
 
 
-@pytest.mark.parametrize(("options", "depth", "gate"), every_pair(SHAPES, [1, 3], ["linear", "sign"]))
+@pytest.mark.parametrize(("options", "depth", "gate"), every_pair(SHAPES, [1, 2], ["linear", "sign"]))
 def test_all_gradients_of_magnitude_are_finite_differences(options: dict[str, Any], depth: int, gate: str) -> None:
     if "full_depth" in options:
         options = options | {"full_depth": min(options["full_depth"], depth)}

@@ -156,8 +156,7 @@ def schedules(case: Case) -> list[Schedule]:
 
 
 @pytest.mark.parametrize("missing", [0.0, 0.5])
-@pytest.mark.parametrize("details", DETAILS)
-@pytest.mark.parametrize(("depth", "full_depth"), SHAPES)
+@pytest.mark.parametrize(("depth", "full_depth", "details"), CASES)
 def test_forward_is_the_sum_along_each_tokens_path(depth: int, full_depth: int, details: dict, missing: float) -> None:
     case = make_case(depth, full_depth, missing=missing, **details)
     expected = naive(case, case.nodes, case.x, torch.ones(len(case.leaf), depth, dtype=torch.float64))
