@@ -122,9 +122,7 @@ def test_macs_of_a_tree_are_its_gates_and_the_products_on_one_path(tree: dict[st
     assert macs.count == 10 * by_hand
 
 
-@pytest.mark.parametrize("kind", list(HaltingKind))
-@pytest.mark.parametrize("depth", [0, 3])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "depth", "kind"), every_pair(MODELS, [0, 3], list(HaltingKind)))
 def test_macs_of_a_model_are_those_it_carries_out(
     model: dict[str, Any], depth: int, kind: HaltingKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:

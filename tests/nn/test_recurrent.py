@@ -11,6 +11,7 @@ from distcond.nn.cells import CELLS
 from distcond.nn.linear import TreeOptions
 from distcond.nn.recurrent import Recurrent
 from distcond.nn.transformer import VOCABULARY
+from tests.pairs import every_pair
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64; 5 time steps of at most 6 ponder steps on states of size 1
 INPUTS, WIDTH, OUTPUTS, LENGTH = 3, 6, 2, 5
@@ -71,9 +72,7 @@ def test_the_gru_cell_is_torchs_where_its_candidate_reads_input_and_state_apart(
     torch.testing.assert_close(cell(x, state, torch.arange(4)), other(x, state), **EXACT)
 
 
-@pytest.mark.parametrize("tree", TREES)
-@pytest.mark.parametrize("kind", ["act", "fixed"])
-@pytest.mark.parametrize("cell", list(CELLS))
+@pytest.mark.parametrize(("cell", "kind", "tree"), every_pair(list(CELLS), ["act", "fixed"], TREES))
 def test_a_sequence_among_others_is_what_it_is_alone_at_the_same_cost(cell: str, kind: str, tree: TreeOptions) -> None:
     model, inputs = build(cell, kind, tree), make_inputs()
     lengths = torch.tensor([5, 1, 3, 0, 4, 5])
