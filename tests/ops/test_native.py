@@ -119,6 +119,8 @@ SIZES = [  # depth, full_depth, in, out, rank, tokens, leaves
     (9, 2, 530, 31, 5, 40, "own"),
     (12, 0, 16, 65, 63, 20, "random"),
     (62, 1, 24, 24, 2, 9, "random"),
+    (7, 2, 40, 33, 2, 100, "one"),
+    (4, 1, 300, 70, 3, 250, "random"),
 ]
 
 

@@ -1,18 +1,18 @@
 /* Products of few tokens with above + node, a sum that is formed on the way and not kept. Tokens are padded with zeros. */
 #define FEW 4
 
-INLINE void few_column(const int n, const int m, const int both, Rows above, Rows node, long j, long left, const float *x,
+INLINE void few_column(const int n, const int m, Rows above, Rows node, long j, long left, const float *x,
                        long width, vec sum[4][FEW]) {
 #pragma GCC unroll 4
     for (int k = 0; k < m; k++) {
-        vec here = sum_at(both, above, node, k, j, left);
+        vec here = sum_at(1, above, node, k, j, left);
 #pragma GCC unroll 4
         for (int t = 0; t < n; t++) sum[k][t] += here * load(x + t * width + j);
     }
 }
 
 /* y [n, m] += x (above + node)^T of m rows. */
-INLINE void few_rows(const int n, const int m, const int both, Rows above, Rows node, long columns, const float *x, long width,
+INLINE void few_rows(const int n, const int m, Rows above, Rows node, long columns, const float *x, long width,
                      float *y, long height) {
     vec sum[4][FEW];
     long j = 0;
@@ -20,15 +20,15 @@ INLINE void few_rows(const int n, const int m, const int both, Rows above, Rows 
     for (int k = 0; k < m; k++)
 #pragma GCC unroll 4
         for (int t = 0; t < n; t++) sum[k][t] = (vec){0};
-    for (; j + V <= columns; j += V) few_column(n, m, both, above, node, j, V, x, width, sum);
-    if (j < columns) few_column(n, m, both, above, node, j, columns - j, x, width, sum);
+    for (; j + V <= columns; j += V) few_column(n, m, above, node, j, V, x, width, sum);
+    if (j < columns) few_column(n, m, above, node, j, columns - j, x, width, sum);
 #pragma GCC unroll 4
     for (int k = 0; k < m; k++)
 #pragma GCC unroll 4
         for (int t = 0; t < n; t++) y[t * height + k] += total(sum[k][t]);
 }
 
-INLINE void forward_of(const int n, const int both, Rows above, Rows node, long rows, long columns, const float *x, long width,
+INLINE void forward_of(const int n, Rows above, Rows node, long rows, long columns, const float *x, long width,
                        float *y, long height, Ahead *ahead) {
     long lines = padded(columns) / V;
     for (long i = 0, m; i < rows; i += m) {
@@ -36,9 +36,9 @@ INLINE void forward_of(const int n, const int both, Rows above, Rows node, long 
         m = rows - i >= 4 ? 4 : 1;
         look(ahead, m * lines);
         if (m == 4)
-            few_rows(n, 4, both, one, other, columns, x, width, y + i, height);
+            few_rows(n, 4, one, other, columns, x, width, y + i, height);
         else
-            few_rows(n, 1, both, one, other, columns, x, width, y + i, height);
+            few_rows(n, 1, one, other, columns, x, width, y + i, height);
     }
 }
 
@@ -75,12 +75,11 @@ INLINE void back_of(const int n, const int both, Rows above, Rows node, long row
     for (; j < columns; j += V) few_strip(n, 1, both, above, node, rows, j, columns - j, dy, height, dx, width, add);
 }
 
-INLINE void few_vector(const int n, const float *dy, long height, const float *x, long width, long left, float *to, int add,
-                       float *above, int first) {
+INLINE void few_vector(const int n, const float *dy, long height, const float *x, long width, long left, float *to, float *above,
+                       int first) {
     vec sum = all(dy[0]) * load(x);
 #pragma GCC unroll 4
     for (int t = 1; t < n; t++) sum += all(dy[t * height]) * load(x + t * width);
-    if (add) sum += load_some(to, left);
     store_some(to, sum, left);
     if (!above) return;
     if (!first) sum += load(above);
@@ -88,12 +87,12 @@ INLINE void few_vector(const int n, const float *dy, long height, const float *x
 }
 
 INLINE void outer_of(const int n, const float *dy, long height, const float *x, long width, long rows, long columns, float *to,
-                     long step, int add, float *above, int first) {
+                     long step, float *above, int first) {
     for (long i = 0; i < rows; i++, to += step, above += above ? pitch(columns) : 0) {
         long j = 0;
         for (; j + V <= columns; j += V)
-            few_vector(n, dy + i, height, x + j, width, V, to + j, add, above ? above + j : NULL, first);
-        if (j < columns) few_vector(n, dy + i, height, x + j, width, columns - j, to + j, add, above ? above + j : NULL, first);
+            few_vector(n, dy + i, height, x + j, width, V, to + j, above ? above + j : NULL, first);
+        if (j < columns) few_vector(n, dy + i, height, x + j, width, columns - j, to + j, above ? above + j : NULL, first);
     }
 }
 
@@ -105,16 +104,13 @@ INLINE void outer_of(const int n, const float *dy, long height, const float *x, 
     case 4: of(4, __VA_ARGS__); break;                                                                                           \
     }
 
-/* y [tokens, rows] += x (above + node)^T, tokens <= FEW; x is padded with zeros. above: none where its address is NULL. */
+/* y [tokens, rows] += x (above + node)^T, tokens <= FEW; x is padded with zeros. */
 static void few_forward(long tokens, Rows above, Rows node, long rows, long columns, const float *x, long width, float *y,
                         long height, Ahead *ahead) {
-    if (above.at)
-        FOR_FEW(tokens, forward_of, 1, above, node, rows, columns, x, width, y, height, ahead)
-    else
-        FOR_FEW(tokens, forward_of, 0, above, node, rows, columns, x, width, y, height, ahead)
+    FOR_FEW(tokens, forward_of, above, node, rows, columns, x, width, y, height, ahead)
 }
 
-/* dx [tokens, columns] = (add: +=) dy (above + node), tokens <= FEW; dx is padded. */
+/* dx [tokens, columns] = (add: +=) dy (above + node), tokens <= FEW; dx is padded. above: none where its address is NULL. */
 static void few_back(long tokens, Rows above, Rows node, long rows, long columns, const float *dy, long height, float *dx,
                      long width, int add, Ahead *ahead) {
     if (above.at)
@@ -123,8 +119,8 @@ static void few_back(long tokens, Rows above, Rows node, long rows, long columns
         FOR_FEW(tokens, back_of, 0, above, node, rows, columns, dy, height, dx, width, add, ahead)
 }
 
-/* to [rows, columns] = (add: +=) dy^T x, tokens <= FEW, and added to the tile above (first: set), which is padded, like x. */
+/* to [rows, columns] = dy^T x, tokens <= FEW, and added to the tile above (first: set), which is padded, like x. */
 static void few_outer(long tokens, const float *dy, long height, const float *x, long width, long rows, long columns, float *to,
-                      long step, int add, float *above, int first) {
-    FOR_FEW(tokens, outer_of, dy, height, x, width, rows, columns, to, step, add, above, first)
+                      long step, float *above, int first) {
+    FOR_FEW(tokens, outer_of, dy, height, x, width, rows, columns, to, step, above, first)
 }

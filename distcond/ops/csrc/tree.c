@@ -4,7 +4,7 @@
  * the way down the panel of a node is added to the sum above it, at the last full level that sum is multiplied with the
  * node's tokens; on the way up the panel of the gradient, formed at the last full level, is written and added to the one
  * above. So every number is read from memory once, every gradient written once, both in the order in which they lie, and
- * all between stays in the caches. Low-rank levels: token by token.
+ * all between stays in the caches. Low-rank levels: by runs of tokens with the same nodes.
  *
  * Threads share nothing that they write: they own panels of the full levels, and subtrees below.
  */
@@ -20,6 +20,7 @@
 #include "adam.h"
 #include "panels.h"
 #include "gates.h"
+#include "chain.h"
 #include "low_rank.h"
 #include "path.h"
 
@@ -74,7 +75,7 @@ static int leaf_backward(Panel *panel, const Step *step, const float *x, const f
     if (tokens <= FEW) {
         Rows sum = above(panel, step), node = node_of(panel, step);
         few_back(tokens, sum, node, panel->rows, panel->columns, dy, height, dx, width, !is_first_panel, &ahead);
-        few_outer(tokens, dy, height, x, width, panel->rows, panel->columns, out, tree->in, 0, grad_above, is_first);
+        few_outer(tokens, dy, height, x, width, panel->rows, panel->columns, out, tree->in, grad_above, is_first);
         return 0;
     }
     descend(panel, step, &ahead);
@@ -199,7 +200,7 @@ void distcond_backward(const Tree *tree, const float *x, const float *dy, float 
         through_sorted[at % (tokens * wanted)] += through_sorted[at];
     take_own(tree, x_sorted, dx_sorted, parts, learn, through_sorted, threads);
     if (tree->full < tree->depth)
-        low_backward(tree, x_sorted, dy_sorted, dx_sorted, out->right, out->left, learn, through_sorted, threads);
+        low_backward(tree, x_sorted, dy_sorted, dx_sorted, out, learn, through_sorted, threads);
     scatter(dx_sorted, parts, tree->in, tree->order, tokens, dx, threads);
     for (long token = 0; token < tokens; token++)
         memcpy(through + tree->order[token] * wanted, through_sorted + token * wanted, wanted * sizeof(float));
