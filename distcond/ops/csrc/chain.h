@@ -30,7 +30,7 @@ INLINE void look_on(Queue *queue, long lines) {
     }
 }
 
-INLINE void dots_block(const int n, const int m, const Stack *rows, long first, long columns, const float *x, long width,
+INLINE void dots_block(const int n, const int m, const Stack *rows, long first, long columns, const float *const *x,
                        float *units) {
     const float *const *at = rows->at + first;
     vec sum[8][FEW];
@@ -44,14 +44,14 @@ INLINE void dots_block(const int n, const int m, const Stack *rows, long first, 
         for (int k = 0; k < m; k++) {
             vec here = load(at[k] + j);
 #pragma GCC unroll 4
-            for (int t = 0; t < n; t++) sum[k][t] += here * load(x + t * width + j);
+            for (int t = 0; t < n; t++) sum[k][t] += here * load(x[t] + j);
         }
     if (j < columns)
 #pragma GCC unroll 8
         for (int k = 0; k < m; k++) {
             vec here = load_some(at[k] + j, columns - j);
 #pragma GCC unroll 4
-            for (int t = 0; t < n; t++) sum[k][t] += here * load(x + t * width + j);
+            for (int t = 0; t < n; t++) sum[k][t] += here * load_some(x[t] + j, columns - j);
         }
 #pragma GCC unroll 8
     for (int k = 0; k < m; k++)
@@ -59,30 +59,29 @@ INLINE void dots_block(const int n, const int m, const Stack *rows, long first, 
         for (int t = 0; t < n; t++) units[t * UNIT_STEP + rows->unit[first + k]] = total(sum[k][t]);
 }
 
-INLINE void dots_of(const int n, const Stack *rows, long columns, const float *x, long width, float *units, Queue *queue) {
+INLINE void dots_of(const int n, const Stack *rows, long columns, const float *const *x, float *units, Queue *queue) {
     long i = 0, lines = padded(columns) / V;
     if (n * 8 <= V) /* sums that registers hold */
         for (; i + 8 <= rows->count; i += 8) {
             look_on(queue, 8 * lines);
-            dots_block(n, 8, rows, i, columns, x, width, units);
+            dots_block(n, 8, rows, i, columns, x, units);
         }
     for (; i + 4 <= rows->count; i += 4) {
         look_on(queue, 4 * lines);
-        dots_block(n, 4, rows, i, columns, x, width, units);
+        dots_block(n, 4, rows, i, columns, x, units);
     }
     for (; i < rows->count; i++) {
         look_on(queue, lines);
-        dots_block(n, 1, rows, i, columns, x, width, units);
+        dots_block(n, 1, rows, i, columns, x, units);
     }
 }
 
-INLINE void sums_strip(const int n, const int vectors, const Stack *rows, long j, long left, const float *units, float *y,
-                       long height) {
+INLINE void sums_strip(const int n, const int vectors, const Stack *rows, long j, long left, const float *units, float *const *y) {
     vec sum[FEW][2 * STRIP];
 #pragma GCC unroll 4
     for (int t = 0; t < n; t++)
 #pragma GCC unroll 8
-        for (int s = 0; s < vectors; s++) sum[t][s] = load(y + t * height + j + s * V);
+        for (int s = 0; s < vectors; s++) sum[t][s] = load_some(y[t] + j + s * V, left);
     for (long i = 0; i < rows->count; i++)
 #pragma GCC unroll 8
         for (int s = 0; s < vectors; s++) {
@@ -93,35 +92,39 @@ INLINE void sums_strip(const int n, const int vectors, const Stack *rows, long j
 #pragma GCC unroll 4
     for (int t = 0; t < n; t++)
 #pragma GCC unroll 8
-        for (int s = 0; s < vectors; s++) store(y + t * height + j + s * V, sum[t][s]);
+        for (int s = 0; s < vectors; s++)
+            if (left < V)
+                memcpy(y[t] + j + s * V, &sum[t][s], left * sizeof(float));
+            else
+                store(y[t] + j + s * V, sum[t][s]);
 }
 
-INLINE void sums_of(const int n, const Stack *rows, long columns, const float *units, float *y, long height, Queue *queue) {
+INLINE void sums_of(const int n, const Stack *rows, long columns, const float *units, float *const *y, Queue *queue) {
     long j = 0;
     if (n <= 2)
         for (; j + 2 * STRIP * V <= columns; j += 2 * STRIP * V) {
             look_on(queue, rows->count * 2 * STRIP);
-            sums_strip(n, 2 * STRIP, rows, j, V, units, y, height);
+            sums_strip(n, 2 * STRIP, rows, j, V, units, y);
         }
     for (; j + STRIP * V <= columns; j += STRIP * V) {
         look_on(queue, rows->count * STRIP);
-        sums_strip(n, STRIP, rows, j, V, units, y, height);
+        sums_strip(n, STRIP, rows, j, V, units, y);
     }
-    for (; j < columns; j += V) sums_strip(n, 1, rows, j, columns - j, units, y, height);
+    for (; j < columns; j += V) sums_strip(n, 1, rows, j, columns - j, units, y);
 }
 
-/* units = x rows^T of at most FEW tokens; x is padded with zeros. */
-static void chain_dots(long tokens, const Stack *rows, long columns, const float *x, long width, float *units, Queue *queue) {
-    FOR_FEW(tokens, dots_of, rows, columns, x, width, units, queue)
+/* units = x rows^T of at most FEW tokens. */
+static void chain_dots(long tokens, const Stack *rows, long columns, const float *const *x, float *units, Queue *queue) {
+    FOR_FEW(tokens, dots_of, rows, columns, x, units, queue)
 }
 
-/* y += units rows of at most FEW tokens; y is padded. */
-static void chain_sums(long tokens, const Stack *rows, long columns, const float *units, float *y, long height, Queue *queue) {
-    FOR_FEW(tokens, sums_of, rows, columns, units, y, height, queue)
+/* y += units rows of at most FEW tokens. */
+static void chain_sums(long tokens, const Stack *rows, long columns, const float *units, float *const *y, Queue *queue) {
+    FOR_FEW(tokens, sums_of, rows, columns, units, y, queue)
 }
 
 INLINE void outer_strip(const int m, const int vectors, long tokens, const Stack *rows, long first, long j, long left,
-                        const float *units, const float *x, long width) {
+                        const float *units, const float *const *x) {
     vec sum[4][STRIP];
 #pragma GCC unroll 4
     for (int k = 0; k < m; k++)
@@ -133,7 +136,7 @@ INLINE void outer_strip(const int m, const int vectors, long tokens, const Stack
     for (long t = 0; t < tokens; t++) {
         vec here[STRIP];
 #pragma GCC unroll 4
-        for (int s = 0; s < vectors; s++) here[s] = load(x + t * width + j + s * V);
+        for (int s = 0; s < vectors; s++) here[s] = load_some(x[t] + j + s * V, left);
 #pragma GCC unroll 4
         for (int k = 0; k < m; k++) {
             vec factor = all(units[t * UNIT_STEP + rows->unit[first + k]]);
@@ -155,16 +158,16 @@ INLINE void outer_strip(const int m, const int vectors, long tokens, const Stack
         }
 }
 
-INLINE void outer_rows(const int m, long tokens, const Stack *rows, long first, long columns, const float *units, const float *x,
-                       long width) {
+INLINE void outer_rows(const int m, long tokens, const Stack *rows, long first, long columns, const float *units,
+                       const float *const *x) {
     long j = 0;
-    for (; j + STRIP * V <= columns; j += STRIP * V) outer_strip(m, STRIP, tokens, rows, first, j, V, units, x, width);
-    for (; j < columns; j += V) outer_strip(m, 1, tokens, rows, first, j, columns - j, units, x, width);
+    for (; j + STRIP * V <= columns; j += STRIP * V) outer_strip(m, STRIP, tokens, rows, first, j, V, units, x);
+    for (; j < columns; j += V) outer_strip(m, 1, tokens, rows, first, j, columns - j, units, x);
 }
 
 /* rows = (add: +=) units^T x. */
-static void chain_outer(long tokens, const Stack *rows, long columns, const float *units, const float *x, long width) {
+static void chain_outer(long tokens, const Stack *rows, long columns, const float *units, const float *const *x) {
     long i = 0;
-    for (; i + 4 <= rows->count; i += 4) outer_rows(4, tokens, rows, i, columns, units, x, width);
-    for (; i < rows->count; i++) outer_rows(1, tokens, rows, i, columns, units, x, width);
+    for (; i + 4 <= rows->count; i += 4) outer_rows(4, tokens, rows, i, columns, units, x);
+    for (; i < rows->count; i++) outer_rows(1, tokens, rows, i, columns, units, x);
 }

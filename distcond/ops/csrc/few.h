@@ -43,15 +43,12 @@ INLINE void forward_of(const int n, Rows above, Rows node, long rows, long colum
 }
 
 INLINE void few_strip(const int n, const int vectors, const int both, Rows above, Rows node, long rows, long j, long left,
-                      const float *dy, long height, float *dx, long width, int add) {
+                      const float *dy, long height, float *dx, long width) {
     vec sum[FEW][STRIP];
 #pragma GCC unroll 4
     for (int t = 0; t < n; t++)
 #pragma GCC unroll 4
-        for (int s = 0; s < vectors; s++) {
-            sum[t][s] = (vec){0};
-            if (add) sum[t][s] = load(dx + t * width + j + s * V);
-        }
+        for (int s = 0; s < vectors; s++) sum[t][s] = (vec){0};
     for (long i = 0; i < rows; i++)
 #pragma GCC unroll 4
         for (int s = 0; s < vectors; s++) {
@@ -66,13 +63,13 @@ INLINE void few_strip(const int n, const int vectors, const int both, Rows above
 }
 
 INLINE void back_of(const int n, const int both, Rows above, Rows node, long rows, long columns, const float *dy, long height,
-                    float *dx, long width, int add, Ahead *ahead) {
+                    float *dx, long width, Ahead *ahead) {
     long j = 0;
     for (; j + STRIP * V <= columns; j += STRIP * V) {
         look(ahead, rows * STRIP);
-        few_strip(n, STRIP, both, above, node, rows, j, V, dy, height, dx, width, add);
+        few_strip(n, STRIP, both, above, node, rows, j, V, dy, height, dx, width);
     }
-    for (; j < columns; j += V) few_strip(n, 1, both, above, node, rows, j, columns - j, dy, height, dx, width, add);
+    for (; j < columns; j += V) few_strip(n, 1, both, above, node, rows, j, columns - j, dy, height, dx, width);
 }
 
 INLINE void few_vector(const int n, const float *dy, long height, const float *x, long width, long left, float *to, float *above,
@@ -110,13 +107,13 @@ static void few_forward(long tokens, Rows above, Rows node, long rows, long colu
     FOR_FEW(tokens, forward_of, above, node, rows, columns, x, width, y, height, ahead)
 }
 
-/* dx [tokens, columns] = (add: +=) dy (above + node), tokens <= FEW; dx is padded. above: none where its address is NULL. */
+/* dx [tokens, columns] = dy (above + node), tokens <= FEW; dx is padded. above: none where its address is NULL. */
 static void few_back(long tokens, Rows above, Rows node, long rows, long columns, const float *dy, long height, float *dx,
-                     long width, int add, Ahead *ahead) {
+                     long width, Ahead *ahead) {
     if (above.at)
-        FOR_FEW(tokens, back_of, 1, above, node, rows, columns, dy, height, dx, width, add, ahead)
+        FOR_FEW(tokens, back_of, 1, above, node, rows, columns, dy, height, dx, width, ahead)
     else
-        FOR_FEW(tokens, back_of, 0, above, node, rows, columns, dy, height, dx, width, add, ahead)
+        FOR_FEW(tokens, back_of, 0, above, node, rows, columns, dy, height, dx, width, ahead)
 }
 
 /* to [rows, columns] = dy^T x, tokens <= FEW, and added to the tile above (first: set), which is padded, like x. */

@@ -25,7 +25,7 @@ static long slot_of(const Learn *learn, long level) { return __builtin_popcountl
 static void add_through(const Panel *panel, Rows above, Rows node, const Step *of, const float *x, const float *dy, long level,
                         float *through, long step) {
     const Tree *tree = panel->tree;
-    long width = pitch(tree->in), height = pitch(tree->out), wide = pitch(panel->columns);
+    long wide = pitch(panel->columns);
     long token = tree->start[tree->bounds[of->level] + of->node], end = node_end(tree, of->level, of->node);
     float *back = tile_of(panel, panel->grads, level); /* not in use */
     Ahead nothing = NOTHING;
@@ -36,12 +36,15 @@ static void add_through(const Panel *panel, Rows above, Rows node, const Step *o
     }
     for (long most = is_few ? FEW : BATCH; token < end; token += most) {
         long tokens = least(most, end - token);
-        const float *grad = dy + token * height + panel->p, *here = x + token * width + panel->q;
+        take_dy(panel, dy, token, tokens);
         if (is_few)
-            few_back(tokens, above, node, panel->rows, panel->columns, grad, height, back, wide, 0, &nothing);
+            few_back(tokens, above, node, panel->rows, panel->columns, panel->dy, HIGH, back, wide, &nothing);
         else
-            product(tokens, panel->wide, panel->rows, grad, height, 1, node.at, node.step, back, wide, &nothing);
-        for (long i = 0; i < tokens; i++) through[(token + i) * step] += dot(back + i * wide, here + i * width, panel->columns);
+            product(tokens, panel->wide, panel->rows, panel->dy, HIGH, 1, node.at, node.step, back, wide, &nothing);
+        for (long i = 0; i < tokens; i++) {
+            const float *here = x + tree->order[token + i] * tree->in + panel->q;
+            through[(token + i) * step] += dot(back + i * wide, here, panel->columns);
+        }
     }
 }
 
@@ -51,7 +54,7 @@ static void add_bias_through(const Panel *panel, const float *bias, float factor
     const Tree *tree = panel->tree;
     long end = node_end(tree, of->level, of->node);
     for (long token = tree->start[tree->bounds[of->level] + of->node]; token < end; token++)
-        through[token * step] += factor * dot(dy + token * pitch(tree->out) + panel->p, bias, panel->rows);
+        through[token * step] += factor * dot(dy + tree->order[token] * tree->out + panel->p, bias, panel->rows);
 }
 
 static const float *bias_at(const Panel *panel, long row) {
@@ -106,15 +109,13 @@ static void flip_gradient(Panel *panel, const Step *step, const long *open, int 
     }
 }
 
-/* Take dy^T W(b) x, W(b) the sum of the full levels, from what the flips would have to gain; dx: so many parts of dy^T W(b). */
-static void take_own(const Tree *tree, const float *x, const float *dx, long parts, const Learn *learn, float *through,
-                     int threads) {
-    long width = pitch(tree->in), columns = columns_of(learn);
-#pragma omp parallel for num_threads(threads)
-    for (long token = 0; token < tree->tokens; token++) {
-        float own = 0, *to = through + (token + 1) * columns - learn->count;
-        for (long part = 0; part < parts && learn->count; part++)
-            own += dot(x + token * width, dx + (part * tree->tokens + token) * width, tree->in);
+/* Take dy^T W(b) x, W(b) the sum of the full levels, from what the flips would have to gain; dx: dy^T W(b). */
+static void take_own(const Tree *tree, const float *x, const float *dx, const Learn *learn, float *through, int threads) {
+    long columns = columns_of(learn);
+#pragma omp parallel for num_threads(threads) if (learn->count)
+    for (long token = 0; token < tree->tokens * (learn->count > 0); token++) {
+        float *to = through + (token + 1) * columns - learn->count;
+        float own = dot(x + tree->order[token] * tree->in, dx + tree->order[token] * tree->in, tree->in);
         for (long number = 0; number < learn->count; number++)
             if (learn->flips[number].level <= tree->full) to[number] -= own;
     }

@@ -93,8 +93,13 @@ static void factors_of(const Tree *tree, const Path *path, const int64_t *row, l
     }
 }
 
+/* The rows of some tokens, `step` apart. */
+static void rows_of(const Tree *tree, const float *x, long step, long token, long tokens, const float **rows) {
+    for (long i = 0; i < tokens; i++) rows[i] = x + tree->order[token + i] * step;
+}
+
 static void low_forward(const Tree *tree, const float *x, float *y, int threads) {
-    long first = tree->full + 1, width = pitch(tree->in), height = pitch(tree->out), most = levels_at_once(tree);
+    long first = tree->full + 1, most = levels_at_once(tree);
     long count = level_size(tree, first), groups = groups_of_a_piece(tree, threads);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long group = 0; group < count; group += groups) {
@@ -109,8 +114,11 @@ static void low_forward(const Tree *tree, const float *x, float *y, int threads)
                 factors_of(tree, &path, tree->row, level, &right, &left, hidden, FEW);
                 for (long token = path.begin; token < path.end; token += FEW) {
                     long tokens = least(FEW, path.end - token);
-                    chain_dots(tokens, &right, tree->in, x + token * width, width, hidden, &queue);
-                    chain_sums(tokens, &left, tree->out, hidden, y + token * height, height, &queue);
+                    const float *from[FEW], *to[FEW];
+                    rows_of(tree, x, tree->in, token, tokens, from);
+                    rows_of(tree, y, tree->out, token, tokens, to);
+                    chain_dots(tokens, &right, tree->in, from, hidden, &queue);
+                    chain_sums(tokens, &left, tree->out, hidden, (float **)to, &queue);
                 }
             }
         }
@@ -128,8 +136,8 @@ static void low_multipliers(const Tree *tree, const Learn *learn, const Path *pa
 }
 
 /* The same of flips: dy^T (V' - V) x. */
-static void low_flips(const Tree *tree, const Learn *learn, const Path *path, long tokens, const float *x, const float *dy,
-                      const float *hidden, const float *back, float *through) {
+static void low_flips(const Tree *tree, const Learn *learn, const Path *path, long tokens, const float *const *x,
+                      const float *const *dy, const float *hidden, const float *back, float *through) {
     long columns = columns_of(learn);
     for (long number = 0; number < learn->count; number++) {
         const Flip *flip = learn->flips + number;
@@ -141,8 +149,8 @@ static void low_flips(const Tree *tree, const Learn *learn, const Path *path, lo
         factors_of(tree, path, flip->row, begin, &right, &left, other_hidden, FEW);
         for (long token = 0; token < tokens; token += FEW) {
             long few = least(FEW, tokens - token);
-            chain_dots(few, &right, tree->in, x + token * pitch(tree->in), pitch(tree->in), other_hidden, &nothing);
-            chain_dots(few, &left, tree->out, dy + token * pitch(tree->out), pitch(tree->out), other_back, &nothing);
+            chain_dots(few, &right, tree->in, x + token, other_hidden, &nothing);
+            chain_dots(few, &left, tree->out, dy + token, other_back, &nothing);
             for (long i = 0; i < few; i++) {
                 long own = (token + i) * UNIT_STEP + skipped;
                 sum[(token + i) * columns] += dot(other_hidden + i * UNIT_STEP, other_back + i * UNIT_STEP, left.count) -
@@ -166,22 +174,25 @@ static void gradients_of(const Tree *tree, const Path *path, const Nodes *out, l
 /* Nodes of a path, all of which exist, and their tokens. */
 static void path_backward(const Tree *tree, const Path *path, const float *x, const float *dy, float *dx,
                          const Nodes *out, const Learn *learn, float *through, Queue *queue) {
-    long width = pitch(tree->in), height = pitch(tree->out), wanted = columns_of(learn);
+    long wanted = columns_of(learn);
     float hidden[RUN * UNIT_STEP], back[RUN * UNIT_STEP];
     Stack right, left, right_grad, left_grad;
     factors_of(tree, path, tree->row, path->from, &right, &left, hidden, least(RUN, path->end - path->begin));
     for (long token = path->begin; token < path->end; token += RUN) {
         long tokens = least(RUN, path->end - token);
-        const float *in = x + token * width, *grad = dy + token * height;
+        const float *in[RUN], *grad[RUN], *to[RUN];
+        rows_of(tree, x, tree->in, token, tokens, in);
+        rows_of(tree, dy, tree->out, token, tokens, grad);
+        rows_of(tree, dx, tree->in, token, tokens, to);
         for (long i = 0; i < tokens; i += FEW) {
             long few = least(FEW, tokens - i);
-            chain_dots(few, &right, tree->in, in + i * width, width, hidden + i * UNIT_STEP, queue);
-            chain_dots(few, &left, tree->out, grad + i * height, height, back + i * UNIT_STEP, queue);
-            chain_sums(few, &right, tree->in, back + i * UNIT_STEP, dx + (token + i) * width, width, queue);
+            chain_dots(few, &right, tree->in, in + i, hidden + i * UNIT_STEP, queue);
+            chain_dots(few, &left, tree->out, grad + i, back + i * UNIT_STEP, queue);
+            chain_sums(few, &right, tree->in, back + i * UNIT_STEP, (float **)to + i, queue);
         }
         gradients_of(tree, path, out, token, token + tokens, &right_grad, &left_grad);
-        chain_outer(tokens, &right_grad, tree->in, back, in, width);
-        chain_outer(tokens, &left_grad, tree->out, hidden, grad, height);
+        chain_outer(tokens, &right_grad, tree->in, back, in);
+        chain_outer(tokens, &left_grad, tree->out, hidden, grad);
         low_multipliers(tree, learn, path, tokens, hidden, back, through + token * wanted);
         low_flips(tree, learn, path, tokens, in, grad, hidden, back, through + token * wanted);
     }

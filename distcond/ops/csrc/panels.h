@@ -1,5 +1,8 @@
 /* A panel: the same rows of all full nodes, walked depth first. */
 
+#define BATCH 64           /* tokens whose strip of numbers stays in the first cache */
+#define HIGH (PANEL + V)   /* numbers from a token of a batch to the next */
+
 typedef struct {
     int32_t level, node;
 } Step;
@@ -30,6 +33,7 @@ typedef struct {
     long p, q, rows, columns, wide;       /* the panel; wide: its columns padded */
     Rows sums[64];                        /* of the nodes on the path so far */
     float *tiles, *grads, *turned, *bias; /* a tile for each level, the same, one, rows for each level */
+    float *x, *dy, *made;                 /* of a batch of tokens: their columns, their rows, and what comes of them */
 } Panel;
 
 static long panel_rows(const Tree *tree, int threads) {
@@ -41,18 +45,23 @@ static long panel_rows(const Tree *tree, int threads) {
 static long tile_numbers(const Tree *tree) { return PANEL * pitch(least(COLUMNS, tree->in)); }
 
 static long thread_numbers(const Tree *tree) {
-    return (2 * (tree->full + 1) + 1) * tile_numbers(tree) + (tree->full + 1) * PANEL;
+    long wide = pitch(least(COLUMNS, tree->in));
+    return (2 * (tree->full + 1) + 1) * tile_numbers(tree) + (tree->full + 1) * PANEL + BATCH * (2 * wide + 2 * HIGH);
 }
 
 static Panel panel_of(const Tree *tree, const Step *steps, long count, float *work) {
-    long numbers = tile_numbers(tree), levels = (tree->full + 1) * numbers;
+    long numbers = tile_numbers(tree), levels = (tree->full + 1) * numbers, wide = pitch(least(COLUMNS, tree->in));
+    float *batch = work + 2 * levels + numbers + (tree->full + 1) * PANEL;
     return (Panel){.tree = tree,
                    .steps = steps,
                    .count = count,
                    .tiles = work,
                    .grads = work + levels,
                    .turned = work + 2 * levels,
-                   .bias = work + 2 * levels + numbers};
+                   .bias = work + 2 * levels + numbers,
+                   .x = batch,
+                   .dy = batch + BATCH * wide,
+                   .made = batch + BATCH * (wide + HIGH)};
 }
 
 static void place_panel(Panel *panel, long p, long most_rows, long q) {
@@ -100,13 +109,12 @@ static void descend_bias(Panel *panel, const Step *step) {
     }
 }
 
-/* y [tokens, rows] += x (sum + node)^T, rows padded. */
-static void apply(const Panel *panel, Rows sum, Rows node, long tokens, const float *x, long width, float *y, long height,
-                  Ahead *ahead) {
-    if (tokens <= FEW) {
-        few_forward(tokens, sum, node, panel->rows, panel->columns, x, width, y, height, ahead);
-        return;
-    }
-    turn(sum, node, panel->rows, panel->columns, panel->turned, ahead, tokens < 2 * FEW);
-    add_product(tokens, padded(panel->rows), panel->columns, x, width, 1, panel->turned, padded(panel->rows), y, height, ahead);
+/* Fetch the part of some tokens that the panel is about. */
+static void take_x(const Panel *panel, const float *x, long token, long tokens) {
+    const Tree *tree = panel->tree;
+    take(x + panel->q, tree->in, tree->order + token, tokens, panel->columns, panel->x, pitch(panel->columns));
+}
+
+static void take_dy(const Panel *panel, const float *dy, long token, long tokens) {
+    take(dy + panel->p, panel->tree->out, panel->tree->order + token, tokens, panel->rows, panel->dy, HIGH);
 }

@@ -15,8 +15,6 @@
 #include <omp.h>
 #endif
 
-#define BATCH 64 /* tokens whose strip of numbers stays in the first cache */
-
 #include "adam.h"
 #include "panels.h"
 #include "gates.h"
@@ -34,8 +32,30 @@ static int thread_number(void) {
 #endif
 }
 
+/* Outputs of the tokens of a node of the last full level, as far as the panel goes. */
+static void leaf_forward(const Panel *panel, const Step *step, const float *x, float *y, Ahead *ahead) {
+    const Tree *tree = panel->tree;
+    long last = tree->full, token = tree->start[tree->bounds[last] + step->node], end = node_end(tree, last, step->node);
+    Rows sum = above(panel, step), node = node_of(panel, step);
+    long rows = padded(panel->rows), wide = pitch(panel->columns);
+    int is_few = end - token <= FEW;
+    if (!is_few) turn(sum, node, panel->rows, panel->columns, panel->turned, ahead, end - token < 2 * FEW);
+    for (; token < end; token += BATCH) {
+        long tokens = least(BATCH, end - token);
+        take_x(panel, x, token, tokens);
+        if (panel->q) take(y + panel->p, tree->out, tree->order + token, tokens, panel->rows, panel->made, HIGH);
+        for (long i = 0; i < tokens && !panel->q; i++)
+            memcpy(panel->made + i * HIGH, panel->bias + last * PANEL, rows * sizeof(float));
+        if (is_few)
+            few_forward(tokens, sum, node, panel->rows, panel->columns, panel->x, wide, panel->made, HIGH, ahead);
+        else
+            add_product(tokens, rows, panel->columns, panel->x, wide, 1, panel->turned, rows, panel->made, HIGH, ahead);
+        put(panel->made, HIGH, tree->order + token, tokens, panel->rows, y + panel->p, tree->out, 0);
+    }
+}
+
 static void full_forward(const Tree *tree, const float *x, float *y, float *work, int threads) {
-    long width = pitch(tree->in), height = pitch(tree->out), rows = panel_rows(tree, threads), last = tree->full;
+    long rows = panel_rows(tree, threads), last = tree->full;
     Step *steps = malloc((tree->bounds[last + 1] + 1) * sizeof(Step));
     long count = walk(tree, steps);
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -50,11 +70,7 @@ static void full_forward(const Tree *tree, const float *x, float *y, float *work
                     descend(&panel, step, &ahead);
                     continue;
                 }
-                long begin = tree->start[tree->bounds[last] + step->node], end = node_end(tree, last, step->node);
-                for (long token = begin; token < end && q == 0; token++)
-                    memcpy(y + token * height + p, panel.bias + last * PANEL, padded(panel.rows) * sizeof(float));
-                apply(&panel, above(&panel, step), node_of(&panel, step), end - begin, x + begin * width + q, width,
-                      y + begin * height + p, height, &ahead);
+                leaf_forward(&panel, step, x, y, &ahead);
                 look(&ahead, PANEL * COLUMNS / V);
             }
         }
@@ -67,30 +83,33 @@ static void full_forward(const Tree *tree, const float *x, float *y, float *work
 static int leaf_backward(Panel *panel, const Step *step, const float *x, const float *dy, float *dx, int is_first_panel,
                           float *out, int is_first) {
     const Tree *tree = panel->tree;
-    long width = pitch(tree->in), height = pitch(tree->out), last = tree->full;
-    long begin = tree->start[tree->bounds[last] + step->node], tokens = node_end(tree, last, step->node) - begin;
-    x += begin * width + panel->q, dx += begin * width + panel->q, dy += begin * height + panel->p;
+    long last = tree->full, begin = tree->start[tree->bounds[last] + step->node];
+    long tokens = node_end(tree, last, step->node) - begin, wide = panel->wide, width = pitch(panel->columns);
+    const int64_t *order = tree->order + begin;
     float *grad = tile_of(panel, panel->grads, last), *grad_above = last ? tile_of(panel, panel->grads, last - 1) : NULL;
     Ahead ahead = ahead_of(panel, step);
+    dx += panel->q;
     if (tokens <= FEW) {
         Rows sum = above(panel, step), node = node_of(panel, step);
-        few_back(tokens, sum, node, panel->rows, panel->columns, dy, height, dx, width, !is_first_panel, &ahead);
-        few_outer(tokens, dy, height, x, width, panel->rows, panel->columns, out, tree->in, grad_above, is_first);
+        take_x(panel, x, begin, tokens);
+        take_dy(panel, dy, begin, tokens);
+        few_back(tokens, sum, node, panel->rows, panel->columns, panel->dy, HIGH, panel->made, width, &ahead);
+        put(panel->made, width, order, tokens, panel->columns, dx, tree->in, !is_first_panel);
+        few_outer(tokens, panel->dy, HIGH, panel->x, width, panel->rows, panel->columns, out, tree->in, grad_above, is_first);
         return 0;
     }
     descend(panel, step, &ahead);
     const float *sum = panel->sums[last].at;
-    long step_of_tile = pitch(panel->columns), wide = panel->wide;
-    for (long at = 0; at < tokens; at += BATCH, x += BATCH * width, dy += BATCH * height, dx += BATCH * width) {
+    for (long at = 0; at < tokens; at += BATCH) {
         long batch = least(BATCH, tokens - at);
+        take_x(panel, x, begin + at, batch);
+        take_dy(panel, dy, begin + at, batch);
         if (at == 0)
-            product(panel->rows, wide, batch, dy, 1, height, x, width, grad, step_of_tile, &ahead);
+            product(panel->rows, wide, batch, panel->dy, 1, HIGH, panel->x, width, grad, width, &ahead);
         else
-            add_product(panel->rows, wide, batch, dy, 1, height, x, width, grad, step_of_tile, &ahead);
-        if (is_first_panel)
-            product(batch, wide, panel->rows, dy, height, 1, sum, step_of_tile, dx, width, &ahead);
-        else
-            add_product(batch, wide, panel->rows, dy, height, 1, sum, step_of_tile, dx, width, &ahead);
+            add_product(panel->rows, wide, batch, panel->dy, 1, HIGH, panel->x, width, grad, width, &ahead);
+        product(batch, wide, panel->rows, panel->dy, HIGH, 1, sum, width, panel->made, width, &ahead);
+        put(panel->made, width, order + at, batch, panel->columns, dx, tree->in, !is_first_panel);
     }
     look(&ahead, PANEL * COLUMNS / V);
     give(grad, out, tree->in, panel->rows, panel->columns, grad_above, is_first);
@@ -98,11 +117,12 @@ static int leaf_backward(Panel *panel, const Step *step, const float *x, const f
 }
 
 static void add_bias_gradient(Panel *panel, const Step *step, const float *dy) {
-    long height = pitch(panel->tree->out), end = node_end(panel->tree, step->level, step->node);
+    const Tree *tree = panel->tree;
+    long end = node_end(tree, step->level, step->node);
     float *sum = panel->bias + step->level * PANEL;
     memset(sum, 0, PANEL * sizeof(float));
-    for (long token = panel->tree->start[panel->tree->bounds[step->level] + step->node]; token < end; token++)
-        scaled(sum, 1, dy + token * height + panel->p, panel->rows, 1);
+    for (long token = tree->start[tree->bounds[step->level] + step->node]; token < end; token++)
+        scaled(sum, 1, dy + tree->order[token] * tree->out + panel->p, panel->rows, 1);
 }
 
 /* One panel of the gradients of all full nodes, and what it adds to those of the tokens. */
@@ -142,16 +162,17 @@ static void panel_backward(Panel *panel, const float *x, const float *dy, float 
     }
 }
 
-/* dx, through: a part for each thread. */
-static void full_backward(const Tree *tree, const float *x, const float *dy, float *dx, const Nodes *out, const Learn *learn,
-                          float *through, float *work, int threads) {
+/* dx, through: of the first thread; more_dx, and behind it: a part for each of the others. */
+static void full_backward(const Tree *tree, const float *x, const float *dy, float *dx, float *more_dx, const Nodes *out,
+                          const Learn *learn, float *through, float *work, int threads) {
     long rows = panel_rows(tree, threads), wanted = columns_of(learn);
     Step *steps = malloc((tree->bounds[tree->full + 1] + 1) * sizeof(Step));
     long count = walk(tree, steps), panels = (tree->out + rows - 1) / rows;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long thread = 0; thread < threads; thread++) {
         Panel panel = panel_of(tree, steps, count, work + thread * thread_numbers(tree));
-        float *own_dx = dx + thread * tree->tokens * pitch(tree->in), *own_through = through + thread * tree->tokens * wanted;
+        float *own_dx = thread ? more_dx + (thread - 1) * tree->tokens * tree->in : dx;
+        float *own_through = through + thread * tree->tokens * wanted;
         long begin = panels * thread / threads, end = panels * (thread + 1) / threads;
         memset(own_through, 0, tree->tokens * wanted * sizeof(float));
         for (long number = begin; number < end; number++)
@@ -171,37 +192,36 @@ static int useful_threads(const Tree *tree, int threads) { return (int)least(thr
 /* Numbers of `work` that the functions below need. */
 int64_t distcond_work(const Tree *tree, int64_t wanted, int threads) {
     threads = useful_threads(tree, threads);
-    return tree->tokens * ((1 + threads) * pitch(tree->in) + pitch(tree->out) + threads * wanted) +
-           threads * thread_numbers(tree) + 16;
+    return tree->tokens * ((threads - 1) * tree->in + threads * wanted) + threads * thread_numbers(tree) + 16;
 }
 
 /* y [tokens, out] from x [tokens, in]. */
 void distcond_forward(const Tree *tree, const float *x, float *y, float *work, int threads) {
-    float *x_sorted = work, *y_sorted = x_sorted + tree->tokens * pitch(tree->in);
-    gather(x, tree->in, tree->order, tree->tokens, x_sorted, threads);
-    full_forward(tree, x_sorted, y_sorted, y_sorted + tree->tokens * pitch(tree->out), useful_threads(tree, threads));
-    if (tree->full < tree->depth) low_forward(tree, x_sorted, y_sorted, threads);
-    scatter(y_sorted, 1, tree->out, tree->order, tree->tokens, y, threads);
+    full_forward(tree, x, y, work, useful_threads(tree, threads));
+    if (tree->full < tree->depth) low_forward(tree, x, y, threads);
+}
+
+/* Add parts behind each other, [parts, count], to the first one, which lies elsewhere. */
+static void add_parts(float *first, const float *others, long parts, long count, int threads) {
+    enum { PIECE = 4096 };
+#pragma omp parallel for num_threads(threads) if (parts)
+    for (long at = 0; at < count * (parts > 0); at += PIECE)
+        for (long part = 0; part < parts; part++)
+            scaled(first + at, 1, others + part * count + at, least(PIECE, count - at), 1);
 }
 
 /* Gradients: dx [tokens, in]; of the nodes, in the order of `start`, the low-rank ones for themselves; of what the gates learn
  * from, [tokens, wanted], the levels in their order, the flips behind them. */
 void distcond_backward(const Tree *tree, const float *x, const float *dy, float *dx, const Nodes *out, const Learn *learn,
                        float *through, float *work, int threads) {
-    long tokens = tree->tokens, width = pitch(tree->in), wanted = columns_of(learn);
+    long tokens = tree->tokens, wanted = columns_of(learn);
     int parts = useful_threads(tree, threads);
-    float *x_sorted = work, *dy_sorted = x_sorted + tokens * width, *dx_sorted = dy_sorted + tokens * pitch(tree->out);
-    float *through_sorted = dx_sorted + parts * tokens * width;
-    gather(x, tree->in, tree->order, tokens, x_sorted, threads);
-    gather(dy, tree->out, tree->order, tokens, dy_sorted, threads);
-    full_backward(tree, x_sorted, dy_sorted, dx_sorted, out, learn, through_sorted, through_sorted + parts * tokens * wanted,
-                  parts);
-    for (long at = tokens * wanted; at < parts * tokens * wanted; at++)
-        through_sorted[at % (tokens * wanted)] += through_sorted[at];
-    take_own(tree, x_sorted, dx_sorted, parts, learn, through_sorted, threads);
-    if (tree->full < tree->depth)
-        low_backward(tree, x_sorted, dy_sorted, dx_sorted, out, learn, through_sorted, threads);
-    scatter(dx_sorted, parts, tree->in, tree->order, tokens, dx, threads);
-    for (long token = 0; token < tokens; token++)
-        memcpy(through + tree->order[token] * wanted, through_sorted + token * wanted, wanted * sizeof(float));
+    float *more_dx = work + parts * thread_numbers(tree), *through_sorted = more_dx + (parts - 1) * tokens * tree->in;
+    float *more_through = through_sorted + tokens * wanted;
+    full_backward(tree, x, dy, dx, more_dx, out, learn, through_sorted, work, parts);
+    add_parts(dx, more_dx, parts - 1, tokens * tree->in, threads);
+    add_parts(through_sorted, more_through, parts - 1, tokens * wanted, threads);
+    take_own(tree, x, dx, learn, through_sorted, threads);
+    if (tree->full < tree->depth) low_backward(tree, x, dy, dx, out, learn, through_sorted, threads);
+    put(through_sorted, wanted, tree->order, tokens, wanted, through, wanted, 0);
 }

@@ -23,22 +23,19 @@ static long node_end(const Tree *tree, long level, long node) {
     return next < tree->bounds[level + 1] ? tree->start[next] : tree->tokens;
 }
 
-static void gather(const float *from, long numbers, const int64_t *order, long tokens, float *to, int threads) {
-    long width = pitch(numbers);
-#pragma omp parallel for num_threads(threads)
-    for (long at = 0; at < tokens; at++) {
-        memcpy(to + at * width, from + order[at] * numbers, numbers * sizeof(float));
-        memset(to + at * width + numbers, 0, (width - numbers) * sizeof(float));
+/* Copy numbers of some tokens' rows, `step` apart, to rows of their own, padded with zeros. */
+static void take(const float *from, long step, const int64_t *order, long tokens, long numbers, float *to, long width) {
+    for (long i = 0; i < tokens; i++, to += width) {
+        memcpy(to, from + order[i] * step, numbers * sizeof(float));
+        memset(to + numbers, 0, (padded(numbers) - numbers) * sizeof(float));
     }
 }
 
-/* Put the sum of some parts, each [tokens, numbers], into the order of the tokens. */
-static void scatter(float *parts, long count, long numbers, const int64_t *order, long tokens, float *to, int threads) {
-    long width = pitch(numbers);
-#pragma omp parallel for num_threads(threads)
-    for (long at = 0; at < tokens; at++) {
-        float *sum = parts + at * width;
-        for (long part = 1; part < count; part++) scaled(sum, 1, sum + part * tokens * width, width, 1);
-        memcpy(to + order[at] * numbers, sum, numbers * sizeof(float));
-    }
+/* Copy them back, or add them there. */
+static void put(const float *from, long width, const int64_t *order, long tokens, long numbers, float *to, long step, int add) {
+    for (long i = 0; i < tokens; i++, from += width)
+        if (add)
+            scaled(to + order[i] * step, 1, from, numbers, 1);
+        else
+            memcpy(to + order[i] * step, from, numbers * sizeof(float));
 }
