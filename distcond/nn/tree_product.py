@@ -146,7 +146,7 @@ def takes_flips(layer: TreeNodes, x_TQ: Tensor, parameters: tuple[Tensor, ...]) 
     table = layer.table
     is_at_hand = table is None or (table.growth.takes_paths and not table.rows_stay)
     is_sharded = layer.plan.is_sharded and layer.collective is not None
-    return is_at_hand and not is_sharded and computes_flips(x_TQ, layer.node_tensors(parameters), layer.num_trees)
+    return is_at_hand and not is_sharded and computes_flips(x_TQ, layer.node_tensors(parameters))
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:

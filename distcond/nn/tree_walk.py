@@ -52,10 +52,10 @@ class Walk:
 
 
 def flip_of(walk: Walk, level: int, layout: NodeTable, *, dense: bool) -> Flip:
-    """What a flip of the bit of a level makes of whole paths of one tree."""
-    nodes = flipped_nodes(walk.path, level)
+    """What a flip of the bit of a level makes of whole paths."""
+    nodes = flipped_nodes(walk.path, level, layout.num_trees)
     rows = _rows_of_parameters(layout, nodes) if dense else layout.find(nodes)
-    return Flip.of(level, rows, walk.path, layout.full_depth)
+    return Flip.of(level, nodes, rows, walk.path, layout.full_depth)
 
 
 def _rows_of_parameters(layout: NodeTable, nodes: PerLevel) -> PerLevel:

@@ -26,17 +26,17 @@ class Flip(NamedTuple):
     "Place of what each node of the last full level becomes among them, int64; -1 where no token reaches it."
 
     @classmethod
-    def of(cls, level: int, rows: PerLevel, path: TreePath, full_depth: int) -> "Flip":
-        """rows: of `flipped_nodes`."""
-        nodes_G, flipped_G = (nodes[full_depth].contiguous() for nodes in (path.nodes, flipped_nodes(path, level)))
+    def of(cls, level: int, flipped: PerLevel, rows: PerLevel, path: TreePath, full_depth: int) -> "Flip":
+        """flipped, rows: `flipped_nodes`, and where they are stored."""
+        nodes_G, flipped_G = (nodes[full_depth].contiguous() for nodes in (path.nodes, flipped))
         place_G = torch.searchsorted(nodes_G, flipped_G).clamp(max=len(nodes_G) - 1)
         return cls(level, rows, torch.where(nodes_G[place_G] == flipped_G, place_G, -1))
 
 
-def flipped_nodes(path: TreePath, level: int) -> PerLevel:
-    """Ids of what the nodes of the path of one tree become; those above the level stay."""
+def flipped_nodes(path: TreePath, level: int, num_trees: int = 1) -> PerLevel:
+    """Ids of what the nodes of the path become; those above the level stay."""
     parts = [path.nodes.split(level)[0]]
     for number in range(level, len(path.nodes)):
-        first = first_node(number)
+        first = first_node(number, num_trees)
         parts.append(((path.nodes[number] - first) ^ (1 << (number - level))) + first)
     return PerLevel(torch.cat(parts), path.nodes.bounds)

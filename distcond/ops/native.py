@@ -45,7 +45,7 @@ class _Adam(ctypes.Structure):
 class _Tree(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("tokens", "in_features", "out_features", "rank", "left", "full", "depth")),
-        *((name, c_void_p) for name in ("order", "bounds", "start", "parent", "row")),
+        *((name, c_void_p) for name in ("order", "source", "bounds", "start", "parent", "row")),
         ("nodes", _Gradients),
     )
 
@@ -79,7 +79,7 @@ def kernels() -> str:
 _SIGNATURES = {
     "leaf": (None, (c_void_p, c_int64, c_int64, c_int64, c_void_p)),
     "find": (None, (c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int)),
-    "path": (None, (c_void_p, c_int64, c_int64, *[c_void_p] * 8)),
+    "path": (None, (c_void_p, *[c_int64] * 3, *[c_void_p] * 8)),
     "work": (c_int64, (POINTER(_Tree), c_int64, c_int)),
     "forward": (None, (POINTER(_Tree), *[c_void_p] * 3, c_int)),
     "backward": (None, (POINTER(_Tree), *[c_void_p] * 3, POINTER(_Gradients), POINTER(_Learn), c_void_p, c_void_p, c_int)),
@@ -130,15 +130,15 @@ def find(keys_G: Tensor, runs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return found_G
 
 
-def path_of(leaf_T: Tensor, depth: int) -> TreePath:
+def path_of(leaf_T: Tensor, depth: int, num_trees: int) -> TreePath:
     """`TreePath.of`, compiled."""
-    tokens, most = len(leaf_T), sum(min(len(leaf_T), 2**level) for level in range(depth + 1))
+    tokens, most = len(leaf_T), sum(min(len(leaf_T), num_trees * 2**level) for level in range(depth + 1))
     order_T, place_T, spare_T = torch.empty(3, tokens, dtype=torch.int64).unbind()
     bounds = torch.empty(depth + 2, dtype=torch.int64)
     nodes_N, start_N, parent_N, count_N = torch.empty(4, most, dtype=torch.int64).unbind()
     outputs = (order_T, place_T, bounds, nodes_N, start_N, parent_N, count_N, spare_T)
     leaf_T = leaf_T.contiguous()
-    library().distcond_path(leaf_T.data_ptr(), tokens, depth, *(output.data_ptr() for output in outputs))
+    library().distcond_path(leaf_T.data_ptr(), tokens, depth, num_trees, *(output.data_ptr() for output in outputs))
     ends = bounds.tolist()
     nodes, parents, counts = (PerLevel(part_N[: ends[-1]], ends) for part_N in (nodes_N, parent_N, count_N))
     return TreePath(order_T, place_T, None, FlatPath(bounds, start_N, nodes, parents, counts))
@@ -147,8 +147,9 @@ def path_of(leaf_T: Tensor, depth: int) -> TreePath:
 def forward(x_TQ: Tensor, path: TreePath, rows: Sequence[Tensor], nodes: NodeTensors, full_depth: int) -> Tensor:
     """`tree_forward` for at least one token."""
     x_TQ, row_N = x_TQ.contiguous(), PerLevel.of(rows).flat_N
-    y_TP, threads = x_TQ.new_empty(len(x_TQ), nodes.bias_SP.shape[1]), torch.get_num_threads()
-    tree = _tree(x_TQ, path, row_N, nodes, full_depth)
+    y_TP, threads = x_TQ.new_empty(len(path.order_T), nodes.bias_SP.shape[1]), torch.get_num_threads()
+    source_T = path.source(len(x_TQ))
+    tree = _tree(x_TQ, source_T, path, row_N, nodes, full_depth)
     work = _work(library().distcond_work(tree, 0, threads))
     library().distcond_forward(tree, x_TQ.data_ptr(), y_TP.data_ptr(), work.data_ptr(), threads)
     return y_TP
@@ -167,10 +168,10 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """`tree_backward` for at least one token."""
     x_TQ, grad_TP, row_N = x_TQ.contiguous(), grad_TP.contiguous(), PerLevel.of(rows).flat_N
-    grad_x_TQ, threads = torch.empty_like(x_TQ), torch.get_num_threads()
+    grad_x_TQ, threads = x_TQ.new_empty(len(grad_TP), x_TQ.shape[1]), torch.get_num_threads()
     learning = [*sorted(gate_levels), *(flip.level for flip in flips)]
-    through_TW = x_TQ.new_empty(len(x_TQ), len(learning))
-    tree = _tree(x_TQ, path, row_N, nodes, full_depth)
+    source_T, through_TW = path.source(len(x_TQ)), x_TQ.new_empty(len(grad_TP), len(learning))
+    tree = _tree(x_TQ, source_T, path, row_N, nodes, full_depth)
     work = _work(library().distcond_work(tree, len(learning), threads))
     flipped = (_Flip * len(flips))(*(_Flip(flip.level, flip.rows.flat_N.data_ptr(), flip.twin_G.data_ptr()) for flip in flips))
     learn = _Learn(sum(1 << level for level in gate_levels), len(flips), flipped)
@@ -178,7 +179,7 @@ def backward(
     library().distcond_backward(tree, *tokens, gradients, learn, through_TW.data_ptr(), work.data_ptr(), threads)
     if learning == list(range(1, len(rows))):
         return grad_x_TQ, through_TW
-    grad_levels_TK = x_TQ.new_zeros(len(x_TQ), len(rows) - 1)
+    grad_levels_TK = x_TQ.new_zeros(len(grad_TP), len(rows) - 1)
     if learning:
         grad_levels_TK[:, [level - 1 for level in learning]] = through_TW
     return grad_x_TQ, grad_levels_TK
@@ -204,18 +205,19 @@ def adam(
     library().distcond_adam(_Adam(*betas, eps), rows_G.data_ptr(), *sizes, *tensors, threads)
 
 
-def _tree(x_TQ: Tensor, path: TreePath, row_N: Tensor, nodes: NodeTensors, full_depth: int) -> _Tree:
+def _tree(x_TQ: Tensor, source_T: Tensor, path: TreePath, row_N: Tensor, nodes: NodeTensors, full_depth: int) -> _Tree:
     """NOTE: holds addresses alone; what they belong to must outlive the call."""
     flat = path.flat()
     sizes = (
-        *x_TQ.shape,
+        len(source_T),
+        x_TQ.shape[1],
         nodes.bias_SP.shape[1],
         nodes.right_SrQ.shape[1],
         nodes.left_SxP.shape[1],
         full_depth,
         path.depth,
     )
-    arrays = (path.order_T, flat.bounds, flat.start_N, flat.parents.flat_N, row_N)
+    arrays = (path.order_T, source_T, flat.bounds, flat.start_N, flat.parents.flat_N, row_N)
     return _Tree(*sizes, *(array.data_ptr() for array in arrays), _Gradients(*(_rows(part) for part in nodes)))
 
 

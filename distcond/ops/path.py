@@ -114,8 +114,12 @@ class TreePath:
 
     def in_order(self, x_TQ: Tensor) -> Tensor:
         """Rows sorted by leaf, [T, Q]. Of fewer rows than tokens, each serves as many tokens that follow each other."""
-        trees = len(self.order_T) // max(1, len(x_TQ))
-        return x_TQ.index_select(0, self.order_T if trees == 1 else self.order_T // trees)
+        return x_TQ.index_select(0, self.source(len(x_TQ)))
+
+    def source(self, num_rows: int) -> Tensor:
+        """Sorted position -> row of so many, int64 [T]."""
+        trees = len(self.order_T) // max(1, num_rows)
+        return self.order_T if trees == 1 else self.order_T // trees
 
     @property
     def levels(self) -> list[Level]:

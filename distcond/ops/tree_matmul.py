@@ -42,19 +42,19 @@ def tree_leaf(gates_TMK: Tensor) -> Tensor:
 
 
 def tree_path(leaf_T: Tensor, depth: int, num_trees: int = 1) -> TreePath:
-    """`TreePath.of`, by the kernels that are chosen; the native ones know one tree."""
+    """`TreePath.of`, by the kernels that are chosen."""
     if len(leaf_T) and fused_rows.serves(leaf_T):
         return fused_rows.path_of(leaf_T, depth, num_trees)
     if not calls_are_cheap(leaf_T):
         return batched_path(leaf_T, depth, num_trees)
-    if native.kernels() == "native" and num_trees == 1 and len(leaf_T) and leaf_T.device.type == "cpu":
-        return native.path_of(leaf_T, depth)
+    if native.looks_up(leaf_T) and len(leaf_T):
+        return native.path_of(leaf_T, depth, num_trees)
     return TreePath.of(leaf_T, depth, num_trees)
 
 
-def computes_flips(x_TQ: Tensor, nodes: NodeTensors, num_trees: int) -> bool:
+def computes_flips(x_TQ: Tensor, nodes: NodeTensors) -> bool:
     """Whether `tree_backward` takes flips, in time for one more product each; else a flip takes a forward pass of its own."""
-    return num_trees == 1 and native.serves(x_TQ, nodes)
+    return native.serves(x_TQ, nodes)
 
 
 def tree_forward(x_TQ: Tensor, path: TreePath, rows: Sequence[Tensor], nodes: NodeTensors, schedule: Schedule) -> Tensor:
@@ -69,7 +69,7 @@ def tree_forward(x_TQ: Tensor, path: TreePath, rows: Sequence[Tensor], nodes: No
         return fused.fused_forward(x_TQ, path, PerLevel.of(rows), nodes, schedule.full_depth)
     if not calls_are_cheap(x_TQ):
         return batched_forward(x_TQ, path, rows, nodes, schedule)
-    if path.nodes.bounds[1] == 1 and native.serves(x_TQ, nodes):
+    if native.serves(x_TQ, nodes):
         return native.forward(x_TQ, path, rows, nodes, schedule.full_depth)
     if len(rows) == 1 and len(rows[0]) == 1:
         root = int(rows[0])
@@ -114,7 +114,7 @@ def tree_backward(
         return fused.fused_backward(x_TQ, grad_TP, path, PerLevel.of(rows), nodes, schedule.full_depth, gate_levels, out)
     if not calls_are_cheap(x_TQ):
         return batched_backward(x_TQ, grad_TP, path, rows, nodes, schedule, gate_levels, out)
-    if path.nodes.bounds[1] == 1 and native.serves(x_TQ, nodes):
+    if native.serves(x_TQ, nodes):
         return native.backward(x_TQ, grad_TP, path, rows, nodes, schedule.full_depth, gate_levels, out, flips)
     assert not flips
     x_TQ, grad_TP = path.in_order(x_TQ), path.in_order(grad_TP)

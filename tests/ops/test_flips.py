@@ -39,11 +39,12 @@ def test_flipped_nodes_are_those_of_the_flipped_leaves_in_the_same_order(level: 
 def flip_of(path: TreePath, rows: list[Tensor], level: int, full: int) -> Flip:
     """What a flip makes of the rows: nodes that tokens reach have theirs, others one of any node, or none."""
     flipped: list[Tensor] = []
-    for number, (nodes, found) in enumerate(zip(path.nodes, flipped_nodes(path, level), strict=True)):
+    becomes = flipped_nodes(path, level)
+    for number, (nodes, found) in enumerate(zip(path.nodes, becomes, strict=True)):
         known = dict(zip(nodes.tolist(), rows[number].tolist(), strict=True))
         borrowed = {node: rows[number][node % len(nodes)].item() if node % 3 else -1 for node in found.tolist()}
         flipped.append(torch.tensor([(borrowed | known)[node] for node in found.tolist()]))
-    return Flip.of(level, PerLevel.of(flipped), path, full)
+    return Flip.of(level, becomes, PerLevel.of(flipped), path, full)
 
 
 @needs_gcc
@@ -80,7 +81,9 @@ def test_flips_are_differences_of_two_products(size: tuple[Any, ...], missing: f
 @pytest.mark.parametrize("count", [7, 300])
 @pytest.mark.parametrize("storage", ["dense", "lazy"])
 @pytest.mark.parametrize("gate_gradient", ["flip", "flip_sampled"])
-@pytest.mark.parametrize("options", [{}, {"bias": False}, {"full_depth": 0, "rank": 2}, {"full_depth": 2, "rank": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": False}, {"full_depth": 0, "rank": 2}, {"full_depth": 2, "rank": 1, "num_trees": 3}]
+)
 def test_a_layer_learns_from_flips_as_with_torch(
     options: dict[str, Any], gate_gradient: str, storage: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +58,22 @@ def leaves_of(kind: str, count: int, depth: int) -> Tensor:
 @needs_gcc
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("count", [1, 2, 13, 3000])
-@pytest.mark.parametrize("depth", [0, 1, 5, 11, 12, 62])
-def test_path_is_that_of_torch(depth: int, count: int) -> None:
-    leaf = random_leaves(count, depth)
-    path, expected = tree_path(leaf, depth), TreePath.of(leaf, depth)
+@pytest.mark.parametrize(
+    ("depth", "trees"), [(0, 1), (1, 1), (5, 1), (11, 1), (12, 1), (62, 1), (0, 3), (5, 2), (11, 5), (58, 16)]
+)
+def test_path_is_that_of_torch(depth: int, trees: int, count: int) -> None:
+    leaf = random_leaves(count, depth) + (torch.arange(count) % trees << depth)
+    path, expected = tree_path(leaf, depth, trees), TreePath.of(leaf, depth, trees)
     assert path.known_flat is not None and expected.known_flat is None
     assert torch.equal(path.order_T, expected.order_T) and torch.equal(path.place_T, expected.place_T)
-    for level, other in zip(path.levels, expected.levels, strict=True):
-        assert torch.equal(level.nodes_G, other.nodes_G) and torch.equal(level.parent_G, other.parent_G)
+    for number, (level, other) in enumerate(zip(path.levels, expected.levels, strict=True)):
+        assert torch.equal(level.nodes_G, other.nodes_G) and (number == 0 or torch.equal(level.parent_G, other.parent_G))
         assert torch.equal(level.count_G, other.count_G) and level.sizes == other.sizes
     size = len(expected.flat().start_N)
     assert torch.equal(path.flat().bounds, expected.flat().bounds)
     assert torch.equal(path.flat().start_N[:size], expected.flat().start_N)
-    assert torch.equal(path.flat().parents.flat_N, expected.flat().parents.flat_N)
+    roots = path.nodes.bounds[1]  # whose parents have no meaning
+    assert torch.equal(path.flat().parents.flat_N[roots:], expected.flat().parents.flat_N[roots:])
 
 
 # ---- leaves and look-ups ---------------------------------------------------------------------------------------------
@@ -182,16 +186,26 @@ def test_backward_is_that_of_torch(size: tuple[Any, ...], gates: str) -> None:
 
 @needs_gcc
 @pytest.mark.usefixtures("compiled")
-def test_a_forest_of_which_one_tree_is_visited_is_that_tree() -> None:
-    """As on a rank that holds no other: there is one root, which is all that the kernels ask for."""
-    x, grad, path, rows, nodes = make((5, 3, 48, 17, 3, 90, "random"), 0.0, bias=True)
-    forest = tree_path(leaves_of("random", 90, 5) + (2 << 5), 5, num_trees=3)
-    results = []
-    for way in (path, forest):
-        schedule, out = Schedule.of(way, 3, nodes), NodeTensors(*(torch.full_like(part, torch.nan) for part in nodes))
-        y = tree_forward(x, way, rows, nodes, schedule)
-        results.append([y, *tree_backward(x, grad, way, rows, nodes, schedule, range(1, 6), out), *out])
-    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+@pytest.mark.parametrize(("depth", "full"), [(0, 0), (4, 4), (5, 2)])
+def test_a_forest_is_its_trees_one_by_one(depth: int, full: int) -> None:
+    """Of a row of x that all trees of a token have in common."""
+    trees, count = 3, 50
+    leaf = random_leaves(count * trees, depth, seed=9).unflatten(0, (count, trees))
+    x, grad = numbers(count, 37, seed=6), numbers(count, trees, 20, seed=7)
+    path = tree_path((leaf + (torch.arange(trees) << depth)).flatten(), depth, trees)
+    touched = path.nodes.sizes
+    first, last = sum(touched[: full + 1]), sum(touched)
+    rows = [torch.arange(*ends) - first * (number > full) for number, ends in enumerate(pairwise(path.nodes.bounds))]
+    shapes = ((first, 20, 37), (first, 20), (last - first, 2, 37), (last - first, 3, 20))
+    nodes = NodeTensors(*(numbers(*shape, seed=seed) for seed, shape in enumerate(shapes)))
+    schedule, exact = exactly((depth, full), nodes, path)
+    out, expected_out = (NodeTensors(*(torch.full_like(part, torch.nan) for part in of)) for of in (nodes, exact))
+    y, exact_y = tree_forward(x, path, rows, nodes, schedule), tree_forward(x.double(), path, rows, exact, schedule)
+    levels, dy = range(1, depth + 1), grad.flatten(0, 1)
+    got = tree_backward(x, dy, path, rows, nodes, schedule, levels, out)
+    expected = tree_backward(x.double(), dy.double(), path, rows, exact, schedule, levels, expected_out)
+    for one, other in zip((y, *got, *out), (exact_y, *expected, *expected_out), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-4)  # matrices whose numbers are of size 1
 
 
 @needs_gcc

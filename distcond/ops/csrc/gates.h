@@ -42,7 +42,7 @@ static void add_through(const Panel *panel, Rows above, Rows node, const Step *o
         else
             product(tokens, panel->wide, panel->rows, panel->dy, HIGH, 1, node.at, node.step, back, wide, &nothing);
         for (long i = 0; i < tokens; i++) {
-            const float *here = x + tree->order[token + i] * tree->in + panel->q;
+            const float *here = x + tree->source[token + i] * tree->in + panel->q;
             through[(token + i) * step] += dot(back + i * wide, here, panel->columns);
         }
     }
@@ -115,7 +115,7 @@ static void take_own(const Tree *tree, const float *x, const float *dx, const Le
 #pragma omp parallel for num_threads(threads) if (learn->count)
     for (long token = 0; token < tree->tokens * (learn->count > 0); token++) {
         float *to = through + (token + 1) * columns - learn->count;
-        float own = dot(x + tree->order[token] * tree->in, dx + tree->order[token] * tree->in, tree->in);
+        float own = dot(x + tree->source[token] * tree->in, dx + tree->order[token] * tree->in, tree->in);
         for (long number = 0; number < learn->count; number++)
             if (learn->flips[number].level <= tree->full) to[number] -= own;
     }

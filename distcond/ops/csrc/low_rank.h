@@ -93,9 +93,9 @@ static void factors_of(const Tree *tree, const Path *path, const int64_t *row, l
     }
 }
 
-/* The rows of some tokens, `step` apart. */
-static void rows_of(const Tree *tree, const float *x, long step, long token, long tokens, const float **rows) {
-    for (long i = 0; i < tokens; i++) rows[i] = x + tree->order[token + i] * step;
+/* Some rows, `step` apart. */
+static void rows_of(const int64_t *order, const float *x, long step, long tokens, const float **rows) {
+    for (long i = 0; i < tokens; i++) rows[i] = x + order[i] * step;
 }
 
 static void low_forward(const Tree *tree, const float *x, float *y, int threads) {
@@ -115,8 +115,8 @@ static void low_forward(const Tree *tree, const float *x, float *y, int threads)
                 for (long token = path.begin; token < path.end; token += FEW) {
                     long tokens = least(FEW, path.end - token);
                     const float *from[FEW], *to[FEW];
-                    rows_of(tree, x, tree->in, token, tokens, from);
-                    rows_of(tree, y, tree->out, token, tokens, to);
+                    rows_of(tree->source + token, x, tree->in, tokens, from);
+                    rows_of(tree->order + token, y, tree->out, tokens, to);
                     chain_dots(tokens, &right, tree->in, from, hidden, &queue);
                     chain_sums(tokens, &left, tree->out, hidden, (float **)to, &queue);
                 }
@@ -181,9 +181,9 @@ static void path_backward(const Tree *tree, const Path *path, const float *x, co
     for (long token = path->begin; token < path->end; token += RUN) {
         long tokens = least(RUN, path->end - token);
         const float *in[RUN], *grad[RUN], *to[RUN];
-        rows_of(tree, x, tree->in, token, tokens, in);
-        rows_of(tree, dy, tree->out, token, tokens, grad);
-        rows_of(tree, dx, tree->in, token, tokens, to);
+        rows_of(tree->source + token, x, tree->in, tokens, in);
+        rows_of(tree->order + token, dy, tree->out, tokens, grad);
+        rows_of(tree->order + token, dx, tree->in, tokens, to);
         for (long i = 0; i < tokens; i += FEW) {
             long few = least(FEW, tokens - i);
             chain_dots(few, &right, tree->in, in + i, hidden + i * UNIT_STEP, queue);

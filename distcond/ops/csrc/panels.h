@@ -112,7 +112,7 @@ static void descend_bias(Panel *panel, const Step *step) {
 /* Fetch the part of some tokens that the panel is about. */
 static void take_x(const Panel *panel, const float *x, long token, long tokens) {
     const Tree *tree = panel->tree;
-    take(x + panel->q, tree->in, tree->order + token, tokens, panel->columns, panel->x, pitch(panel->columns));
+    take(x + panel->q, tree->in, tree->source + token, tokens, panel->columns, panel->x, pitch(panel->columns));
 }
 
 static void take_dy(const Panel *panel, const float *dy, long token, long tokens) {

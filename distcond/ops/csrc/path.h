@@ -16,7 +16,8 @@ static void sort_leaves(const int64_t *leaf, long tokens, int bits, int64_t *ord
 /* First level on which a token is not with the one before. */
 static int first_apart(int64_t leaf, int64_t before, int depth) {
     int64_t differ = leaf ^ before;
-    return differ ? depth - (63 - __builtin_clzll((unsigned long long)differ)) : depth + 1;
+    int level = differ ? depth - (63 - __builtin_clzll((unsigned long long)differ)) : depth + 1;
+    return level < 0 ? 0 : level; /* another tree */
 }
 
 /* Leaves of gates [count, bits], one row for each of `trees` trees of a token: tree << bits | bits, of which the first says
@@ -57,13 +58,13 @@ void distcond_find(const int64_t *keys, int64_t count, const int64_t *known, con
 }
 
 /* order, place [tokens]: sorted position -> token, and back. bounds [depth + 2]: where the nodes of each level begin in
- * what follows, which holds them root first: id in heap order, first sorted token, place of the parent on its level,
+ * what follows, which holds them root first: id, first sorted token, place of the parent on its level,
  * number of tokens. spare [tokens]. */
-void distcond_path(const int64_t *leaf, int64_t tokens, int64_t depth, int64_t *order, int64_t *place, int64_t *bounds,
+void distcond_path(const int64_t *leaf, int64_t tokens, int64_t depth, int64_t trees, int64_t *order, int64_t *place, int64_t *bounds,
                    int64_t *nodes, int64_t *start, int64_t *parent, int64_t *count, int64_t *spare) {
     long node = 0;
     int64_t *first = spare; /* level on which a token leaves the one before */
-    sort_leaves(leaf, tokens, (int)depth, order, spare);
+    sort_leaves(leaf, tokens, (int)depth + (trees > 1 ? 64 - __builtin_clzll(trees - 1) : 0), order, spare);
     for (long token = 0; token < tokens; token++) {
         place[order[token]] = token;
         first[token] = token ? first_apart(leaf[order[token]], leaf[order[token - 1]], (int)depth) : 0;
@@ -74,7 +75,7 @@ void distcond_path(const int64_t *leaf, int64_t tokens, int64_t depth, int64_t *
         for (long token = 0; token < tokens; token++) {
             above += first[token] < level;
             if (first[token] > level) continue;
-            nodes[node] = (((int64_t)1 << level) - 1) + (leaf[order[token]] >> (depth - level));
+            nodes[node] = trees * (((int64_t)1 << level) - 1) + (leaf[order[token]] >> (depth - level));
             parent[node] = level ? above : 0;
             start[node++] = token;
         }

@@ -195,7 +195,7 @@ int64_t distcond_work(const Tree *tree, int64_t wanted, int threads) {
     return tree->tokens * ((threads - 1) * tree->in + threads * wanted) + threads * thread_numbers(tree) + 16;
 }
 
-/* y [tokens, out] from x [tokens, in]. */
+/* y [tokens, out] from x [.., in]. */
 void distcond_forward(const Tree *tree, const float *x, float *y, float *work, int threads) {
     full_forward(tree, x, y, work, useful_threads(tree, threads));
     if (tree->full < tree->depth) low_forward(tree, x, y, threads);

@@ -9,6 +9,7 @@ typedef struct {
     int64_t tokens, in, out, rank, left; /* left: rank, or rank + 1 with the bias of low-rank nodes */
     int64_t full, depth;                 /* deepest full level, deepest level */
     const int64_t *order;                /* [tokens], sorted position -> token */
+    const int64_t *source;               /* the same -> row of x, which in a forest one token of each tree has in common */
     const int64_t *bounds;               /* [depth + 2], where the nodes of each level begin in what follows */
     const int64_t *start;                /* first sorted token of each node */
     const int64_t *parent;               /* place of the node above among those of its level */
