@@ -76,7 +76,8 @@ INLINE void dots_of(const int n, const Stack *rows, long columns, const float *c
     }
 }
 
-INLINE void sums_strip(const int n, const int vectors, const Stack *rows, long j, long left, const float *units, float *const *y) {
+INLINE void sums_strip(const int n, const int vectors, const Stack *rows, long j, long left, const float *units,
+                       float *const *y) {
     vec sum[FEW][2 * STRIP];
 #pragma GCC unroll 4
     for (int t = 0; t < n; t++)
@@ -119,9 +120,8 @@ static void chain_dots(long tokens, const Stack *rows, long columns, const float
 }
 
 /* y += units rows of at most FEW tokens. */
-static void chain_sums(long tokens, const Stack *rows, long columns, const float *units, float *const *y, Queue *queue) {
-    FOR_FEW(tokens, sums_of, rows, columns, units, y, queue)
-}
+static void chain_sums(long tokens, const Stack *rows, long columns, const float *units, float *const *y,
+                       Queue *queue){FOR_FEW(tokens, sums_of, rows, columns, units, y, queue)}
 
 INLINE void outer_strip(const int m, const int vectors, long tokens, const Stack *rows, long first, long j, long left,
                         const float *units, const float *const *x) {

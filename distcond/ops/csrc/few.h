@@ -1,8 +1,8 @@
 /* Products of few tokens with above + node, a sum that is formed on the way and not kept. Tokens are padded with zeros. */
 #define FEW 4
 
-INLINE void few_column(const int n, const int m, Rows above, Rows node, long j, long left, const float *x,
-                       long width, vec sum[4][FEW]) {
+INLINE void few_column(const int n, const int m, Rows above, Rows node, long j, long left, const float *x, long width,
+                       vec sum[4][FEW]) {
 #pragma GCC unroll 4
     for (int k = 0; k < m; k++) {
         vec here = sum_at(1, above, node, k, j, left);
@@ -12,8 +12,8 @@ INLINE void few_column(const int n, const int m, Rows above, Rows node, long j, 
 }
 
 /* y [n, m] += x (above + node)^T of m rows. */
-INLINE void few_rows(const int n, const int m, Rows above, Rows node, long columns, const float *x, long width,
-                     float *y, long height) {
+INLINE void few_rows(const int n, const int m, Rows above, Rows node, long columns, const float *x, long width, float *y,
+                     long height) {
     vec sum[4][FEW];
     long j = 0;
 #pragma GCC unroll 4
@@ -28,8 +28,8 @@ INLINE void few_rows(const int n, const int m, Rows above, Rows node, long colum
         for (int t = 0; t < n; t++) y[t * height + k] += total(sum[k][t]);
 }
 
-INLINE void forward_of(const int n, Rows above, Rows node, long rows, long columns, const float *x, long width,
-                       float *y, long height, Ahead *ahead) {
+INLINE void forward_of(const int n, Rows above, Rows node, long rows, long columns, const float *x, long width, float *y,
+                       long height, Ahead *ahead) {
     long lines = padded(columns) / V;
     for (long i = 0, m; i < rows; i += m) {
         Rows one = {above.at + i * above.step, above.step}, other = {node.at + i * node.step, node.step};
@@ -87,8 +87,7 @@ INLINE void outer_of(const int n, const float *dy, long height, const float *x, 
                      long step, float *above, int first) {
     for (long i = 0; i < rows; i++, to += step, above += above ? pitch(columns) : 0) {
         long j = 0;
-        for (; j + V <= columns; j += V)
-            few_vector(n, dy + i, height, x + j, width, V, to + j, above ? above + j : NULL, first);
+        for (; j + V <= columns; j += V) few_vector(n, dy + i, height, x + j, width, V, to + j, above ? above + j : NULL, first);
         if (j < columns) few_vector(n, dy + i, height, x + j, width, columns - j, to + j, above ? above + j : NULL, first);
     }
 }

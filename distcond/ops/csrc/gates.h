@@ -72,8 +72,8 @@ static void multiplier_gradient(const Panel *panel, const Step *step, const floa
     if (panel->q == 0) add_bias_through(panel, bias_at(panel, row), 1, step, dy, through, columns);
 }
 
-/* What the flips would have to gain at a leaf of the full levels, but for dy^T W(b) x. is_formed: whether W(b) is there as a tile.
- * open: nodes on the path. */
+/* What the flips would have to gain at a leaf of the full levels, but for dy^T W(b) x. is_formed: whether W(b) is there as a
+ * tile. open: nodes on the path. */
 static void flip_gradient(Panel *panel, const Step *step, const long *open, int is_formed, const float *x, const float *dy,
                           const Learn *learn, float *through) {
     const Tree *tree = panel->tree;

@@ -78,8 +78,8 @@ static void push(Stack *rows, const float *at, long step, long count, int unit, 
     }
 }
 
-/* Factors of the nodes of a path from some level on, of which `row` says where they are stored; those that are missing have no units. Sets the
- * units of the biases, which are 1, of so many tokens. */
+/* Factors of the nodes of a path from some level on, of which `row` says where they are stored; those that are missing have no
+ * units. Sets the units of the biases, which are 1, of so many tokens. */
 static void factors_of(const Tree *tree, const Path *path, const int64_t *row, long from, Stack *right, Stack *left, float *units,
                        long tokens) {
     right->count = left->count = 0;
@@ -172,8 +172,8 @@ static void gradients_of(const Tree *tree, const Path *path, const Nodes *out, l
 }
 
 /* Nodes of a path, all of which exist, and their tokens. */
-static void path_backward(const Tree *tree, const Path *path, const float *x, const float *dy, float *dx,
-                         const Nodes *out, const Learn *learn, float *through, Queue *queue) {
+static void path_backward(const Tree *tree, const Path *path, const float *x, const float *dy, float *dx, const Nodes *out,
+                          const Learn *learn, float *through, Queue *queue) {
     long wanted = columns_of(learn);
     float hidden[RUN * UNIT_STEP], back[RUN * UNIT_STEP];
     Stack right, left, right_grad, left_grad;

@@ -1,7 +1,7 @@
 /* A panel: the same rows of all full nodes, walked depth first. */
 
-#define BATCH 64           /* tokens whose strip of numbers stays in the first cache */
-#define HIGH (PANEL + V)   /* numbers from a token of a batch to the next */
+#define BATCH 64         /* tokens whose strip of numbers stays in the first cache */
+#define HIGH (PANEL + V) /* numbers from a token of a batch to the next */
 
 typedef struct {
     int32_t level, node;

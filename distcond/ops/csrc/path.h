@@ -46,8 +46,8 @@ static long search_from(const int64_t *numbers, long count, long low, int64_t ke
 }
 
 /* Places of keys [count] among ascending ones [size]; where there is none, found is left as it is. */
-void distcond_find(const int64_t *keys, int64_t count, const int64_t *known, const int64_t *places, int64_t size,
-                   int64_t *found, int threads) {
+void distcond_find(const int64_t *keys, int64_t count, const int64_t *known, const int64_t *places, int64_t size, int64_t *found,
+                   int threads) {
     enum { PIECE = 4096 };
 #pragma omp parallel for schedule(static) num_threads(threads) if (count > PIECE)
     for (long begin = 0; begin < count; begin += PIECE)
@@ -60,8 +60,8 @@ void distcond_find(const int64_t *keys, int64_t count, const int64_t *known, con
 /* order, place [tokens]: sorted position -> token, and back. bounds [depth + 2]: where the nodes of each level begin in
  * what follows, which holds them root first: id, first sorted token, place of the parent on its level,
  * number of tokens. spare [tokens]. */
-void distcond_path(const int64_t *leaf, int64_t tokens, int64_t depth, int64_t trees, int64_t *order, int64_t *place, int64_t *bounds,
-                   int64_t *nodes, int64_t *start, int64_t *parent, int64_t *count, int64_t *spare) {
+void distcond_path(const int64_t *leaf, int64_t tokens, int64_t depth, int64_t trees, int64_t *order, int64_t *place,
+                   int64_t *bounds, int64_t *nodes, int64_t *start, int64_t *parent, int64_t *count, int64_t *spare) {
     long node = 0;
     int64_t *first = spare; /* level on which a token leaves the one before */
     sort_leaves(leaf, tokens, (int)depth + (trees > 1 ? 64 - __builtin_clzll(trees - 1) : 0), order, spare);

@@ -81,7 +81,7 @@ static void full_forward(const Tree *tree, const float *x, float *y, float *work
 /* Gradients at the last full level: of the tokens, and of the node, written and added to that above. Returns whether the sum
  * of the matrices is there now, as a tile. */
 static int leaf_backward(Panel *panel, const Step *step, const float *x, const float *dy, float *dx, int is_first_panel,
-                          float *out, int is_first) {
+                         float *out, int is_first) {
     const Tree *tree = panel->tree;
     long last = tree->full, begin = tree->start[tree->bounds[last] + step->node];
     long tokens = node_end(tree, last, step->node) - begin, wide = panel->wide, width = pitch(panel->columns);
@@ -206,8 +206,7 @@ static void add_parts(float *first, const float *others, long parts, long count,
     enum { PIECE = 4096 };
 #pragma omp parallel for num_threads(threads) if (parts)
     for (long at = 0; at < count * (parts > 0); at += PIECE)
-        for (long part = 0; part < parts; part++)
-            scaled(first + at, 1, others + part * count + at, least(PIECE, count - at), 1);
+        for (long part = 0; part < parts; part++) scaled(first + at, 1, others + part * count + at, least(PIECE, count - at), 1);
 }
 
 /* Gradients: dx [tokens, in]; of the nodes, in the order of `start`, the low-rank ones for themselves; of what the gates learn

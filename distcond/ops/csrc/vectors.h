@@ -104,7 +104,8 @@ INLINE void strip(const int n, const int most, long m, long k, const float *a, l
         switch (rows) {
             CASE(1)
             CASE(2)
-            CASE(3) CASE(4) CASE(5) CASE(6)
+            CASE(3)
+            CASE(4) CASE(5) CASE(6)
 #if NARROW > 6
                 CASE(7) CASE(8)
 #endif
@@ -166,9 +167,9 @@ static float dot(const float *a, const float *b, long numbers) {
     for (; at + 4 * V <= numbers; at += 4 * V)
         for (int j = 0; j < 4; j++) sum[j] += load(a + at + j * V) * load(b + at + j * V);
     for (; at + V <= numbers; at += V) sum[0] += load(a + at) * load(b + at);
-    float all = total((sum[0] + sum[1]) + (sum[2] + sum[3]));
-    for (; at < numbers; at++) all += a[at] * b[at];
-    return all;
+    float whole = total((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    for (; at < numbers; at++) whole += a[at] * b[at];
+    return whole;
 }
 
 /* to = (add: +=) factor * from. */
