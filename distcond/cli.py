@@ -24,6 +24,7 @@ BENCHES = {
     "table": "rows and their optimiser",
     "exchange": "messages of a sharded layer, here and in a model of many ranks",
     "train": "a step of distcond train, beside a plain loop",
+    "halting": "time that halting saves, beside what its steps promise and a masked loop",
 }
 
 # NOTE: torch, Ray and Hydra are imported inside the verbs that need them, once the line has been understood:

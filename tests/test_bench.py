@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from distcond import bench, cli
-from distcond.bench import timing
+from distcond.bench import halting, timing
 from distcond.bench.exchange import exchange_bytes
 from distcond.bench.inference import zipf_tree
 from distcond.bench.interconnect import Interconnect, predict
@@ -213,3 +213,30 @@ def test_a_large_table_is_as_large_as_asked_and_touched_like_the_small_one() -> 
 def test_a_folder_that_is_missing_is_told_before_anything_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "tree", "--json", str(tmp_path / "none" / "rows.json")]) == 2
     assert "is not a folder" in capsys.readouterr().err
+
+
+# ---- halting ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["geometric", "uniform", "one in 128", "all alike"])
+@pytest.mark.parametrize("cell", ["tanh", "lstm"])
+def test_rows_halt_when_the_bench_wants_them_to_masked_or_not(cell: str, name: str) -> None:
+    case = halting.Case(cell, 8, 256, name)
+    steps = halting.wanted_steps(case)
+    ponder, inputs = halting.counting(case, steps)
+    states = tuple(torch.zeros(256, 8) for _ in range(2 if cell == "lstm" else 1))
+    state = states if cell == "lstm" else states[0]
+    mean, stats = ponder(inputs[:, 0], state)
+    masked_mean, masked = halting.MaskedComputation(ponder)(inputs[:, 0], state)
+    assert torch.equal(stats.steps, steps) and torch.equal(masked.steps, steps)
+    torch.testing.assert_close(masked.remainder, stats.remainder)
+    torch.testing.assert_close(masked_mean, mean)
+
+
+def test_the_bench_of_halting_says_what_steps_promise() -> None:
+    training, inference = halting.bench_halting(quick=True)
+    assert [row["pass"] for row in (training, inference)] == ["training", "inference"]
+    steps = halting.wanted_steps(halting.QUICK[0])
+    assert training["saving promised"] == 32 * int(steps.max()) / int(steps.sum()) > 2
+    assert training["saving / promised"] == training["saving"] / training["saving promised"]
+    assert 4 < halting.wanted_steps(halting.Case("lstm", 8, 10_000, "geometric")).double().mean() < 6

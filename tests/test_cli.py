@@ -212,7 +212,7 @@ def test_tab_completes_in_a_real_bash(tmp_path: Path) -> None:
     ("line", "offered"),
     [
         ("distcond ", "train sweep submit evaluate bench"),
-        ("distcond bench ", "tree table exchange train"),
+        ("distcond bench ", "tree table exchange train halting"),
         ("distcond bench tree --", "--json --kernels --quick --help"),
         ("distcond bench table --", "--json --kernels --quick --large --help"),
         ("distcond train model=", "model=mlp model=rnn model=transformer"),
