@@ -126,8 +126,9 @@ def test_macs_of_a_tree_are_its_gates_and_the_products_on_one_path(tree: dict[st
 def test_macs_of_a_model_are_those_it_carries_out(
     model: dict[str, Any], depth: int, kind: HaltingKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Levels that are added up before they are multiplied would be counted as one.
+    # Levels that are added up before they are multiplied would be counted as one, and so would the input of all ponder steps.
     monkeypatch.setattr("distcond.ops.path.TOKENS_PER_MERGED_NODE", 10**9)
+    monkeypatch.setattr("distcond.nn.recurrent._is_plain", lambda _: False)
     config, sizes = config_of(model, {"depth": depth}, Storage.dense, kind), sizes_of(model)
     cost, learner = model_cost(config, **sizes, length=LENGTH), build(config, sizes).eval()
     inputs = torch.randn(BATCH, LENGTH, sizes["input_size"])
