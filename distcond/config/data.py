@@ -30,6 +30,8 @@ class DataConfig:
     "Examples of the fixed validation set; >= 1."
     num_bits: int = 64
     "Length of a parity vector; >= 1."
+    scattered: bool = True
+    "parity: the entries that are not 0 stand anywhere in the vector; false: they are the first ones, as in data=parity."
     max_length: int = 10
     "Most vectors of a sequence (logic, >= 1), numbers to add (addition, 1 to 10) or to sort (sort, >= 2)."
     max_gates: int = 10

@@ -23,7 +23,7 @@ class GeneratedTask:
     "T, time steps that every batch is padded to."
     draw: Callable[[np.random.Generator, int], Batch]
     "So many fresh examples."
-    options: dict[str, int]
+    options: dict[str, int | bool]
     "What else decides the examples, for the fingerprint."
     num_classes: int = 1
     "C: the outputs are groups of C, one class each; 1: every output is a binary target of its own."

@@ -26,17 +26,20 @@ TRUTH = np.array([[c == "T" for c in column] for column in TRUTH_COLUMNS.values(
 "bool [gate, P, Q]."
 
 
-def parity(num_bits: int) -> GeneratedTask:
+def parity(num_bits: int, *, scattered: bool = True) -> GeneratedTask:
     """Is the number of ones in a vector odd?
 
-    inputs [B, 1, num_bits]: a random number of entries, 1 to num_bits, are +1 or -1, the others 0.
+    inputs [B, 1, num_bits]: a random number of entries, 1 to num_bits, are +1 or -1, the others 0; scattered: they stand
+    anywhere, else they are the first ones. The paper can be read either way, but its curves belong to the second: with 64
+    scattered bits, 128 tanh units are at 49% to 50% after 60,000 updates of Adam (rates of 5e-4 to 3e-3, with and without
+    halting); with the first ones, two steps for everyone reach 14% after 30,000.
     targets [B, 1, 1]: 1 if the number of entries equal to +1 is odd, else 0. The paper says "an odd number of ones"
     and names the entries "1 or -1", so a -1 is not a one; this is also how others have rebuilt the task.
     """
 
     def draw(rng: np.random.Generator, size: int) -> Batch:
         counts = rng.integers(1, num_bits + 1, (size, 1))
-        chosen = rng.random((size, num_bits)).argsort(axis=1) < counts
+        chosen = (rng.random((size, num_bits)).argsort(axis=1) if scattered else np.arange(num_bits)) < counts
         signs = 2 * rng.integers(0, 2, (size, num_bits)) - 1
         inputs = np.where(chosen, signs, 0)
         targets = (inputs == 1).sum(axis=1) % 2
@@ -47,7 +50,7 @@ def parity(num_bits: int) -> GeneratedTask:
             size,
         )
 
-    return GeneratedTask("parity", num_bits, 1, 1, draw, {"num_bits": num_bits})
+    return GeneratedTask("parity", num_bits, 1, 1, draw, {"num_bits": num_bits, "scattered": scattered})
 
 
 def logic(max_length: int, max_gates: int) -> GeneratedTask:

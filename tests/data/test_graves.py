@@ -19,15 +19,18 @@ GATES = [  # table 1 of the paper, in its order, as formulas
 ]
 
 
+@pytest.mark.parametrize("scattered", [False, True])
 @pytest.mark.parametrize("num_bits", [1, 5, 64])
-def test_parity_is_whether_the_number_of_ones_is_odd(num_bits: int) -> None:
-    batch = parity(num_bits).rows(0, 0, 500)
+def test_parity_is_whether_the_number_of_ones_is_odd(num_bits: int, scattered: bool) -> None:
+    batch = parity(num_bits, scattered=scattered).rows(0, 0, 500)
     assert batch.inputs.shape == (500, 1, num_bits) and batch.targets.shape == (500, 1, 1)
     assert batch.inputs.dtype == batch.targets.dtype == np.float32
     assert batch.lengths.tolist() == [1] * 500
     for vector, target in zip(batch.inputs[:, 0].tolist(), batch.targets[:, 0, 0].tolist(), strict=True):
         assert target == vector.count(1.0) % 2
         assert 1 <= vector.count(1.0) + vector.count(-1.0) == num_bits - vector.count(0.0)
+    set_BN = batch.inputs[:, 0] != 0
+    assert (set_BN.cumprod(axis=1) == set_BN).all() == (not scattered or num_bits == 1)
 
 
 def test_parity_draws_counts_places_and_signs_evenly() -> None:
