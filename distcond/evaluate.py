@@ -11,9 +11,10 @@ from distcond.compose import load_config
 from distcond.config import Config
 from distcond.data.batches import LocalFeeder, num_validation_batches
 from distcond.errors import RunError
-from distcond.nn.model import SUMS, Learner, build_learner
+from distcond.nn.model import SUMS, Learner
 from distcond.train.checkpoint import latest_checkpoint, read_dense, read_state, verified
 from distcond.train.fits import cost_of
+from distcond.train.learner import learner_for
 from distcond.train.metrics import ponder, quality
 from distcond.train.run_folder import RunFolder, write_json
 from distcond.train.state import tensors
@@ -52,13 +53,7 @@ def evaluate(run: Path, step: int | None = None) -> dict[str, Any]:
 def load_learner(checkpoint: Path, config: Config, feeder: LocalFeeder) -> Learner:
     """The model of a checkpoint, whole, in evaluation mode."""
     task = feeder.task
-    learner = build_learner(
-        config.model,
-        is_text=task.kind == "bytes",
-        input_size=task.input_size,
-        output_size=task.output_size,
-        num_classes=task.num_classes,
-    )
+    learner = learner_for(config.model, task)
     dense = read_dense(checkpoint, learner)
     with torch.no_grad():
         for name, parameter in learner.named_parameters():

@@ -12,8 +12,9 @@ from distcond.bench.timing import time_in_turn
 from distcond.compose import compose
 from distcond.config import Config, OptimConfig
 from distcond.data.batches import Batch, LocalFeeder
-from distcond.nn.model import Learner, build_learner
+from distcond.nn.model import Learner
 from distcond.optim import RowAdam
+from distcond.train.learner import learner_for
 
 QUICK = ["model=rnn", "data=parity", "model.width=16", "data.num_bits=8", "data.global_batch_size=8", "train.log_every=2"]
 
@@ -83,13 +84,7 @@ def _plain_loop(config: Config, feeder: _Prepared) -> Callable[[], None]:
     """A round of steps as anyone would write them with torch, and rows for the tree."""
     torch.manual_seed(config.seed)
     task, optim = feeder.task, config.optim
-    learner = build_learner(
-        config.model,
-        is_text=task.kind == "bytes",
-        input_size=task.input_size,
-        output_size=task.output_size,
-        num_classes=task.num_classes,
-    )
+    learner = learner_for(config.model, task)
     adam = torch.optim.AdamW(learner.parameters(), optim.lr, weight_decay=optim.weight_decay)
     rows = RowAdam(learner, optim.lr, weight_decay=optim.weight_decay)
 

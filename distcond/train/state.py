@@ -11,10 +11,11 @@ from distcond.config import Config
 from distcond.data.batches import Batch, Feeder, num_validation_batches
 from distcond.data.tasks import Task
 from distcond.nn.budget import StepBudget
-from distcond.nn.model import SUMS, Learner, build_learner
+from distcond.nn.model import SUMS, Learner
 from distcond.ops import use_kernels
 from distcond.train.checkpoint import latest_checkpoint, read_dense, read_state
 from distcond.train.engine import Engine
+from distcond.train.learner import learner_for
 from distcond.train.metrics import Meter
 from distcond.train.run_folder import RunFolder
 from distcond.train.table_files import load_tables, tree_layers
@@ -63,10 +64,7 @@ def start_run(config: Config, folder: RunFolder, feeder: Feeder, task: Task) -> 
     """A fresh run, or the one that the newest checkpoint holds."""
     torch.manual_seed(config.seed)
     use_kernels(config.cluster.kernels.value)
-    is_text = task.kind == "bytes"
-    learner = build_learner(
-        config.model, is_text=is_text, input_size=task.input_size, output_size=task.output_size, num_classes=task.num_classes
-    )
+    learner = learner_for(config.model, task)
     target = config.model.halting.target_steps
     budget = None if target is None else StepBudget(target)
     checkpoint = latest_checkpoint(folder.checkpoints)

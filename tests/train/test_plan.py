@@ -11,9 +11,10 @@ from distcond.config import Config
 from distcond.data.tasks import build_task
 from distcond.errors import ConfigError
 from distcond.nn import TreeLinear
-from distcond.nn.model import Learner, build_learner
+from distcond.nn.model import Learner
 from distcond.table import SubtreePlan
 from distcond.train.fits import check_fits, cost_of
+from distcond.train.learner import learner_for
 from distcond.train.plan import describe
 from tests.helpers import small_config, text_config
 
@@ -33,13 +34,7 @@ CONFIGS: list[dict[str, Any]] = [
 
 def learner_of(config: Config) -> Learner:
     task = build_task(config.data)
-    return build_learner(
-        config.model,
-        is_text=task.kind == "bytes",
-        input_size=task.input_size,
-        output_size=task.output_size,
-        num_classes=task.num_classes,
-    )
+    return learner_for(config.model, task)
 
 
 def number(text: str, before: str, after: str) -> int:

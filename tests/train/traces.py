@@ -16,8 +16,9 @@ from distcond.data.batches import LocalFeeder
 from distcond.data.tasks import Task
 from distcond.nn import AdaptiveComputation, TreeLinear
 from distcond.nn.gates import Gate
-from distcond.nn.model import SUMS, Learner, build_learner
+from distcond.nn.model import SUMS, Learner
 from distcond.optim.row_adam import add_state
+from distcond.train.learner import learner_for
 from tests.helpers import changed
 
 MARGIN = 1e-5
@@ -116,13 +117,7 @@ def make_learner(case: Case, task: Task) -> Learner:
     """The fresh model of a case, the same on every rank."""
     config = case.config
     torch.manual_seed(config.seed)
-    learner = build_learner(
-        config.model,
-        is_text=task.kind == "bytes",
-        input_size=task.input_size,
-        output_size=task.output_size,
-        num_classes=task.num_classes,
-    )
+    learner = learner_for(config.model, task)
     if case.prepare:
         case.prepare(learner)
     return learner
