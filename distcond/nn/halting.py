@@ -93,7 +93,19 @@ class Running:
         return True
 
 
-class AdaptiveComputation(nn.Module):
+class Pondering(nn.Module):
+    """A cell, and a unit that decides after each step which rows halt: what `AdaptiveComputation` and `PonderNet` share."""
+
+    def __init__(self, cell: Cell, state_size: int, max_steps: int, epsilon: float, halting_bias: float) -> None:
+        super().__init__()
+        check_options(max_steps, epsilon)
+        self.cell, self.max_steps, self.epsilon = cell, max_steps, epsilon
+        self.halting = HaltingUnit(state_size, halting_bias)
+        self.lockstep: AnyRank | None = None
+        self.skips_nan = False
+
+
+class AdaptiveComputation(Pondering):
     """Applies a cell until each row has halted, and returns the mean-field state (Graves 2016, arXiv 1603.08983).
 
     cell(x, state, rows) -> state: x [R, I + 1], whose last column is 1 on a row's first step and 0 afterwards; state a
@@ -114,12 +126,7 @@ class AdaptiveComputation(nn.Module):
         epsilon: float = 0.01,
         halting_bias: float = 1.0,
     ) -> None:
-        super().__init__()
-        check_options(max_steps, epsilon)
-        self.cell, self.max_steps, self.epsilon = cell, max_steps, epsilon
-        self.halting = HaltingUnit(state_size, halting_bias)
-        self.lockstep: AnyRank | None = None
-        self.skips_nan = False
+        super().__init__(cell, state_size, max_steps, epsilon, halting_bias)
 
     def forward(self, x: Tensor, state: State) -> tuple[State, PonderStats]:
         """x [B, I], state of B rows -> mean-field state of B rows, and what each row spent."""

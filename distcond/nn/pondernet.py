@@ -4,19 +4,17 @@ Legend: B rows of the batch, R rows still running, I input features, N steps.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distcond.nn.halting import (
-    AnyRank,
     Cell,
     Drafts,
-    HaltingUnit,
+    Pondering,
     PonderStats,
     Running,
     State,
     add_weighted,
     check_finite,
-    check_options,
     join,
     like,
 )
@@ -25,7 +23,7 @@ HALF = 0.5
 "A row's prediction is that of its median step."
 
 
-class PonderNet(nn.Module):
+class PonderNet(Pondering):
     """Applies a cell; step n of a row is its last with probability p_n = lambda_n prod_{j<n} (1 - lambda_j).
 
     cell, state_size, max_steps, halting_bias, lockstep, skips_nan: as for `AdaptiveComputation`. The halting unit gives
@@ -51,12 +49,7 @@ class PonderNet(nn.Module):
         epsilon: float = 0.05,
         halting_bias: float = 1.0,
     ) -> None:
-        super().__init__()
-        check_options(max_steps, epsilon)
-        self.cell, self.max_steps, self.epsilon = cell, max_steps, epsilon
-        self.halting = HaltingUnit(state_size, halting_bias)
-        self.lockstep: AnyRank | None = None
-        self.skips_nan = False
+        super().__init__(cell, state_size, max_steps, epsilon, halting_bias)
 
     def forward(self, x: Tensor, state: State) -> tuple[State, PonderStats]:
         """x [B, I], state of B rows -> state of each row's median step, and what each row spent."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from distcond.config import Config, Precision
 from distcond.errors import ConfigError
-from distcond.nn import AdaptiveComputation, PonderNet
+from distcond.nn.halting import Pondering
 from distcond.optim import RowAdam
 from distcond.optim.sharded import ShardedRows
 from distcond.table import Collective
@@ -66,7 +66,7 @@ def initialize(
     engine.tables = _shard_tables(engine, model, expert_parallel_size, shard_level, rebalance_every)
     lockstep = engine.tables.is_sharded or stage == 3
     for module in model.modules():
-        if isinstance(module, AdaptiveComputation | PonderNet) and lockstep:
+        if isinstance(module, Pondering) and lockstep:
             module.lockstep = engine.tables.world
     _Stepper(engine, stage, clip).install()
     _carry_tables(engine)
