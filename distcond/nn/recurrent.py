@@ -54,10 +54,10 @@ class Recurrent(nn.Module):
         assert isinstance(cell, RecurrentCell) and isinstance(cell.linear, nn.Linear)
         weights = (cell.linear.weight, cell.linear.bias)
         if isinstance(ponder, FixedComputation):
-            plan = Plan(type(cell), ponder.num_steps, None)
-            states, steps, remainder = RecurrentLoop.apply(plan, lengths, inputs, *weights, None, weights[1])  # type: ignore[no-untyped-call]
+            plan = Plan(type(cell), ponder.num_steps, None, torch.is_grad_enabled())
+            states, steps, remainder = RecurrentLoop.apply(plan, lengths, inputs, *weights, None, None)  # type: ignore[no-untyped-call]
         else:
-            plan, halting = Plan(type(cell), ponder.max_steps, ponder.epsilon), ponder.halting
+            plan, halting = Plan(type(cell), ponder.max_steps, ponder.epsilon, torch.is_grad_enabled()), ponder.halting
             given = (plan, lengths, inputs, *weights, halting.weight, halting.bias)
             states, steps, remainder = RecurrentLoop.apply(*given)  # type: ignore[no-untyped-call]
             if not ponder.skips_nan:

@@ -30,6 +30,8 @@ class Plan:
     max_steps: int
     epsilon: float | None
     "Of Graves 2016; None: `max_steps` for everyone, and the last state comes out."
+    records: bool
+    "Whether a backward pass follows: only then are steps kept."
 
 
 class _Step(NamedTuple):
@@ -62,10 +64,10 @@ class RecurrentLoop(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         halting_weight: Tensor | None,
-        halting_bias: Tensor,
+        halting_bias: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors [B, T, I] or classes [B, T], lengths int64 [B], the cell's matrix [G, I + 1 + H] and bias [G], the halting
-        unit's weight [1, H] (None: no halting) and bias [1] -> outputs [B, T, H]; N int64 and R, [B, T], 0 beyond lengths.
+        unit's weight [1, H] and bias [1] (None: no halting) -> outputs [B, T, H]; N int64 and R, [B, T], 0 beyond lengths.
         """
         batch, length = inputs.shape[:2]
         width = weight.shape[0] // plan.cell.gates
@@ -77,7 +79,9 @@ class RecurrentLoop(torch.autograd.Function):
         remainder = weight.new_zeros(length, batch)
         ends = lengths.tolist()
         tape: list[tuple[Tensor | None, list[_Step]]] = []
-        halting = None if halting_weight is None else (halting_weight[0] / width**0.5, halting_bias)
+        halting = None
+        if halting_weight is not None and halting_bias is not None:
+            halting = halting_weight[0] / width**0.5, halting_bias
         for time in range(length):
             rows = None if min(ends) > time else (lengths > time).nonzero()[:, 0]
             begin = state if rows is None else tuple(part[rows] for part in state)
@@ -170,7 +174,8 @@ def _ponder(
     if halting is None:
         for number in range(1, plan.max_steps + 1):
             before, (state, saved) = state, _apply(plan, state, given, weight, of_state, first=number == 1)
-            record.append(_Step(None, None, before, saved, state, None, None, None))
+            if plan.records:
+                record.append(_Step(None, None, before, saved, state, None, None, None))
         return state, steps, left
     assert plan.epsilon is not None
     local: Tensor | None = None
@@ -190,7 +195,8 @@ def _ponder(
             total.index_add_(0, places, new * part[:, None])
         steps.index_fill_(0, places, number)
         left.index_copy_(0, places, torch.where(runs_on, 0.0, part))
-        record.append(_Step(local, None if is_last or is_whole else stay, before, saved, state, part, h, runs_on))
+        if plan.records:
+            record.append(_Step(local, None if is_last or is_whole else stay, before, saved, state, part, h, runs_on))
         if is_last:
             break
         spent = spent + h

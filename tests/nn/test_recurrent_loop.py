@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distcond.nn import AdaptiveComputation, recurrent
+from distcond.nn import AdaptiveComputation, recurrent, recurrent_loop
 from distcond.nn.linear import TreeOptions
 from distcond.nn.recurrent import Recurrent
 from tests.nn.test_recurrent import LENGTH, build, make_inputs
@@ -73,3 +73,15 @@ def test_what_modules_must_compute_is_left_to_them() -> None:
     assert not recurrent._is_plain(hooked)
     with torch.autocast("cpu", torch.bfloat16):
         assert not recurrent._is_plain(build("tanh", "act").float().ponder)
+
+
+@pytest.mark.parametrize("kind", ["act", "fixed"])
+def test_steps_are_kept_only_where_a_backward_pass_may_follow(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[object] = []
+    monkeypatch.setattr(recurrent_loop, "_Step", lambda *step: kept.append(step))
+    model, inputs = build("lstm", kind), make_inputs()
+    with torch.no_grad():
+        without, _ = model(inputs, LENGTHS[0])
+    assert not kept
+    logits, _ = model(inputs, LENGTHS[0])
+    assert kept and torch.equal(logits, without)
