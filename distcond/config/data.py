@@ -32,6 +32,10 @@ class DataConfig:
     "Length of a parity vector; >= 1."
     scattered: bool = True
     "parity: the entries that are not 0 stand anywhere in the vector; false: they are the first ones, as in data=parity."
+    set_bits: list[int] = field(default_factory=list)
+    "parity: fewest and most entries that are not 0, e.g. [1,32]; empty: 1 to num_bits."
+    validation_set_bits: list[int] = field(default_factory=list)
+    "parity: the same for the validation set, e.g. [33,48] to see whether a run extrapolates; empty: as set_bits."
     max_length: int = 10
     "Most vectors of a sequence (logic, >= 1), numbers to add (addition, 1 to 10) or to sort (sort, >= 2)."
     max_gates: int = 10
@@ -43,6 +47,12 @@ class DataConfig:
         for name in ("global_batch_size", "context", "validation_examples", "num_bits", "max_length"):
             value = getattr(self, name)
             need(value >= 1, f"data.{name}={value} is below 1; use 1 or more.")
+        for name in ("set_bits", "validation_set_bits"):
+            bits = getattr(self, name)
+            need(
+                not bits or (len(bits) == 2 and 1 <= bits[0] <= bits[1] <= self.num_bits),
+                f"data.{name}={bits}: needed are two numbers, 1 <= fewest <= most <= data.num_bits={self.num_bits}, e.g. [1,32].",
+            )
         need(1 <= self.max_gates <= 10, f"data.max_gates={self.max_gates} is outside 1..10; Graves 2016 has ten gates.")
         need(1 <= self.max_digits <= 17, f"data.max_digits={self.max_digits} is outside 1..17; sums are 64-bit integers.")
         need(

@@ -6,7 +6,7 @@ Shapes: B examples, T time steps, D digits.
 import numpy as np
 
 from distcond.data.batch import NO_TARGET, Batch
-from distcond.data.generated import GeneratedTask
+from distcond.data.generated import GeneratedTask, Options
 
 END = 10
 "The class after a sum's last digit."
@@ -35,7 +35,7 @@ def addition(max_length: int, max_digits: int) -> GeneratedTask:
         targets = np.where(has_target_BT[..., None], _digits(sums_BT, max_digits + 1), NO_TARGET)
         return Batch(one_hot.reshape(size, max_length, 10 * max_digits), targets, lengths, size)
 
-    options = {"max_length": max_length, "max_digits": max_digits}
+    options: Options = {"max_length": max_length, "max_digits": max_digits}
     num_outputs = (END + 1) * (max_digits + 1)
     return GeneratedTask("addition", 10 * max_digits, num_outputs, max_length, draw, options, num_classes=END + 1)
 

@@ -8,6 +8,8 @@ import numpy as np
 
 from distcond.data.batch import TRAINING, VALIDATION, Batch, generator, select
 
+Options = dict[str, int | bool | list[int]]
+
 VALIDATION_BLOCK = 256
 "Validation rows are drawn in blocks of this many, so that row i is the same however many are asked for."
 
@@ -23,11 +25,13 @@ class GeneratedTask:
     "T, time steps that every batch is padded to."
     draw: Callable[[np.random.Generator, int], Batch]
     "So many fresh examples."
-    options: dict[str, int | bool]
+    options: Options
     "What else decides the examples, for the fingerprint."
     num_classes: int = 1
     "C: the outputs are groups of C, one class each; 1: every output is a binary target of its own."
     kind: str = "vectors"
+    draw_validation: Callable[[np.random.Generator, int], Batch] | None = None
+    "The same for the validation set, where it asks for other examples; None: it does not."
 
     def rows(self, seed: int, step: int, size: int, part: slice = slice(None)) -> Batch:
         """Rows `part` of the global batch `step`, which has `size` rows."""
@@ -37,7 +41,8 @@ class GeneratedTask:
         """Rows start..start+size of the fixed validation set, which depends on no seed; `global_count` is `size`."""
         first = start // VALIDATION_BLOCK
         last = max(first, (start + size - 1) // VALIDATION_BLOCK)
-        blocks = [self.draw(generator(0, step, VALIDATION), VALIDATION_BLOCK) for step in range(first, last + 1)]
+        draw = self.draw_validation or self.draw
+        blocks = [draw(generator(0, step, VALIDATION), VALIDATION_BLOCK) for step in range(first, last + 1)]
         rows = slice(start - first * VALIDATION_BLOCK, start + size - first * VALIDATION_BLOCK)
         return Batch(
             np.concatenate([block.inputs for block in blocks])[rows],

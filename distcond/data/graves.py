@@ -3,10 +3,13 @@
 Shapes: B examples, T time steps, G gates of a vector.
 """
 
+from collections.abc import Sequence
+from functools import partial
+
 import numpy as np
 
 from distcond.data.batch import Batch
-from distcond.data.generated import GeneratedTask
+from distcond.data.generated import GeneratedTask, Options
 
 NUM_GATES = 10
 "Kinds of gates, and the most gates of one logic vector."
@@ -26,8 +29,16 @@ TRUTH = np.array([[c == "T" for c in column] for column in TRUTH_COLUMNS.values(
 "bool [gate, P, Q]."
 
 
-def parity(num_bits: int, *, scattered: bool = True) -> GeneratedTask:
+def parity(
+    num_bits: int,
+    *,
+    scattered: bool = True,
+    set_bits: Sequence[int] = (),
+    validation_set_bits: Sequence[int] = (),
+) -> GeneratedTask:
     """Is the number of ones in a vector odd?
+
+    set_bits: fewest and most entries that are not 0, and of the validation set where they differ; empty: 1 and num_bits.
 
     inputs [B, 1, num_bits]: a random number of entries, 1 to num_bits, are +1 or -1, the others 0; scattered: they stand
     anywhere, else they are the first ones. The paper can be read either way, but its curves belong to the second: with 64
@@ -36,9 +47,11 @@ def parity(num_bits: int, *, scattered: bool = True) -> GeneratedTask:
     targets [B, 1, 1]: 1 if the number of entries equal to +1 is odd, else 0. The paper says "an odd number of ones"
     and names the entries "1 or -1", so a -1 is not a one; this is also how others have rebuilt the task.
     """
+    trained = tuple(set_bits) or (1, num_bits)
+    validated = tuple(validation_set_bits) or trained
 
-    def draw(rng: np.random.Generator, size: int) -> Batch:
-        counts = rng.integers(1, num_bits + 1, (size, 1))
+    def draw(bits: tuple[int, ...], rng: np.random.Generator, size: int) -> Batch:
+        counts = rng.integers(bits[0], bits[1] + 1, (size, 1))
         chosen = (rng.random((size, num_bits)).argsort(axis=1) if scattered else np.arange(num_bits)) < counts
         signs = 2 * rng.integers(0, 2, (size, num_bits)) - 1
         inputs = np.where(chosen, signs, 0)
@@ -50,7 +63,10 @@ def parity(num_bits: int, *, scattered: bool = True) -> GeneratedTask:
             size,
         )
 
-    return GeneratedTask("parity", num_bits, 1, 1, draw, {"num_bits": num_bits, "scattered": scattered})
+    options: Options = {"num_bits": num_bits, "scattered": scattered, "set_bits": list(trained)}
+    options["validation_set_bits"] = list(validated)
+    draws = partial(draw, trained), partial(draw, validated)
+    return GeneratedTask("parity", num_bits, 1, 1, draws[0], options, draw_validation=draws[1])
 
 
 def logic(max_length: int, max_gates: int) -> GeneratedTask:
@@ -77,7 +93,7 @@ def logic(max_length: int, max_gates: int) -> GeneratedTask:
         counts = (np.arange(max_length) < lengths[:, None])[..., None]
         return Batch(inputs * counts, targets * counts, lengths, size)
 
-    options = {"max_length": max_length, "max_gates": max_gates}
+    options: Options = {"max_length": max_length, "max_gates": max_gates}
     return GeneratedTask("logic", 2 + NUM_GATES * NUM_GATES, 1, max_length, draw, options)
 
 

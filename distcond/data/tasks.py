@@ -48,7 +48,12 @@ class Task(Protocol):
 
 
 GENERATED: dict[DataName, Callable[[DataConfig], GeneratedTask]] = {
-    DataName.parity: lambda config: parity(config.num_bits, scattered=config.scattered),
+    DataName.parity: lambda config: parity(
+        config.num_bits,
+        scattered=config.scattered,
+        set_bits=config.set_bits,
+        validation_set_bits=config.validation_set_bits,
+    ),
     DataName.logic: lambda config: logic(config.max_length, config.max_gates),
     DataName.addition: lambda config: addition(config.max_length, config.max_digits),
     DataName.sort: lambda config: sort(config.max_length),

@@ -43,6 +43,15 @@ def test_parity_draws_counts_places_and_signs_evenly() -> None:
     assert abs((vectors == 1).sum() / counts.sum() - 1 / 2) < 0.02
 
 
+def test_the_number_of_set_bits_can_differ_in_validation() -> None:
+    task = parity(48, set_bits=[2, 32], validation_set_bits=[33, 48])
+    counts = [np.count_nonzero(batch.inputs, axis=2) for batch in (task.rows(0, 0, 2000), task.validation_rows(0, 2000))]
+    assert [(count.min(), count.max()) for count in counts] == [(2, 32), (33, 48)]
+    alike = parity(48, set_bits=[2, 32])
+    assert np.count_nonzero(alike.validation_rows(0, 2000).inputs, axis=2).max() == 32
+    assert task.fingerprint() != alike.fingerprint()
+
+
 def naive_logic(vectors: list[list[float]]) -> list[float]:
     targets: list[float] = []
     for vector in vectors:
