@@ -183,7 +183,10 @@ def _bench_parser() -> _Parser:
     common.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too, and what machine this is")
     kinds = [kind.value for kind in Kernels]
     common.add_argument(
-        "--kernels", choices=kinds, default=kinds[0], help="of trees; native: compiled by gcc (default: %(default)s)"
+        "--kernels",
+        choices=kinds,
+        default=kinds[0],
+        help="of trees and recurrent cells; native: compiled by gcc (default: %(default)s)",
     )
     common.add_argument("--quick", action="store_true", help="a few small cases, to see that it works")
     verbs = parser.add_subparsers(dest="what", required=True, metavar="|".join(BENCHES))

@@ -28,7 +28,7 @@ class ClusterConfig:
     rebalance_every: int | None = None
     "Steps after which subtrees move between ranks so that these serve equally many tokens; >= 1; null: never. Placement only."
     kernels: Kernels = Kernels.torch
-    "torch: plain torch, everywhere. native: fp32 trees on CPUs by C that each machine's gcc compiles once, some seconds."
+    "torch: plain torch, everywhere. native: fp32 trees and recurrent cells on CPUs by C, compiled once by gcc."
     max_failures: int = 3
     "Restarts of the workers after a crash before the run gives up; >= 0."
     partition: str = ""

@@ -3,7 +3,7 @@
 What it computes is `Recurrent`'s loop over time with a cell of one dense matrix under `AdaptiveComputation` or
 `FixedComputation`, to rounding. The input's part of the matrix is multiplied once for all time steps, not once a ponder step;
 the gradient of the matrix is one product at the end, not one a step. Rows that halt leave at once: a row is copied in a
-thousandth of the time that its next step takes.
+thousandth of the time that its next step takes. With native kernels, fp32 on a CPU, both passes are one call each.
 
 Legend: B sequences, T time steps, I input features, H hidden units, G outputs of the cell's matrix, R rows still running,
 S state tensors of the cell.
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distcond.nn.cells import RecurrentCell, Tensors
+from distcond.nn.cells import CELLS, RecurrentCell, Tensors
+from distcond.ops import native, native_recurrent
 
 ROWS_AT_ONCE = 8192
 "Rows of gradients that are collected before they are multiplied into that of the matrix."
@@ -73,6 +74,10 @@ class RecurrentLoop(torch.autograd.Function):
         width = weight.shape[0] // plan.cell.gates
         size = weight.shape[1] - width - 1
         given_TBG = _input_part(inputs, weight[:, :size], bias)
+        ctx.plan, ctx.size = plan, size
+        ctx.save_for_backward(inputs, weight, halting_weight)
+        if native.computes(weight, given_TBG):
+            return _compiled(ctx, lengths, given_TBG, weight[:, size:], halting_weight, halting_bias)
         state = tuple(weight.new_zeros(batch, width) for _ in range(plan.cell.states))
         outputs = weight.new_empty(length, batch, width)
         steps = inputs.new_zeros(length, batch, dtype=torch.int64)
@@ -96,8 +101,7 @@ class RecurrentLoop(torch.autograd.Function):
                     steps[time, rows], remainder[time, rows] = taken, left
             outputs[time] = state[0]
             tape.append((rows, record))
-        ctx.plan, ctx.tape, ctx.size = plan, tape, size
-        ctx.save_for_backward(inputs, weight, halting_weight)
+        ctx.tape = tape
         steps = steps.t()
         ctx.mark_non_differentiable(steps)
         return outputs.transpose(0, 1), steps, remainder.t()
@@ -106,9 +110,11 @@ class RecurrentLoop(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BTH: Tensor, _: Tensor, grad_left_BT: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the parameters, and of vectors where they ask for one."""
-        inputs, weight, halting_weight = ctx.saved_tensors
+        _, weight, halting_weight = ctx.saved_tensors
         plan, tape, size = ctx.plan, ctx.tape, ctx.size
-        width = weight.shape[0] // plan.cell.gates
+        if isinstance(tape, native_recurrent.Tape):
+            given, of_rest, halting, halting_bias = native_recurrent.backward(tape, grad_BTH.transpose(0, 1), grad_left_BT.t())
+            return _gradients(ctx, given, of_rest, halting, halting_bias)
         total = _Gradients(weight[:, size:], halting_weight)
         grads = tuple(torch.zeros_like(grad_BTH[:, 0]) for _ in range(plan.cell.states))
         given_TBG = weight.new_zeros(grad_BTH.shape[1], len(grad_BTH), weight.shape[0])
@@ -126,11 +132,36 @@ class RecurrentLoop(torch.autograd.Function):
             else:
                 given_TBG[time, rows] = given
         total.flush()
-        of_inputs, of_matrix = _input_gradient(inputs, weight[:, :size], given_TBG, needs_inputs=ctx.needs_input_grad[2])
-        of_weight = torch.cat([of_matrix, total.flag[:, None], total.state], dim=1)
-        of_halting = None if halting_weight is None else total.halting[None] / width**0.5
-        of_bias = None if halting_weight is None else total.halting_bias
-        return None, None, of_inputs, of_weight, given_TBG.sum((0, 1)), of_halting, of_bias
+        of_rest = torch.cat([total.flag[:, None], total.state], dim=1)
+        return _gradients(ctx, given_TBG, of_rest, total.halting, total.halting_bias)
+
+
+def _compiled(
+    ctx: Any, lengths: Tensor, given_TBG: Tensor, weight: Tensor, halting_weight: Tensor | None, halting_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward pass by native kernels; weight: columns of flag and state."""
+    plan: Plan = ctx.plan
+    halting = None
+    if halting_weight is not None and halting_bias is not None:
+        halting = halting_weight[0] / halting_weight.shape[1] ** 0.5, halting_bias.item()
+    name = next(name for name, cell in CELLS.items() if cell is plan.cell)
+    options = (plan.max_steps, plan.epsilon or 0.0)
+    out = native_recurrent.forward(name, lengths, given_TBG, weight, halting, *options, records=plan.records)
+    outputs, steps, remainder, ctx.tape = out
+    steps = steps.t()
+    ctx.mark_non_differentiable(steps)
+    return outputs.transpose(0, 1), steps, remainder.t()
+
+
+def _gradients(ctx: Any, given_TBG: Tensor, of_rest: Tensor, halting: Tensor, halting_bias: Tensor) -> tuple[Tensor | None, ...]:
+    """What `backward` returns, of the gradients of `given`, of the columns of flag and state, and of the scaled halting unit."""
+    inputs, weight, halting_weight = ctx.saved_tensors
+    given = weight[:, : ctx.size]
+    of_inputs, of_matrix = _input_gradient(inputs, given, given_TBG, needs_inputs=ctx.needs_input_grad[2])
+    of_weight = torch.cat([of_matrix, of_rest], dim=1)
+    of_halting = None if halting_weight is None else halting[None] / halting_weight.shape[1] ** 0.5
+    of_bias = None if halting_weight is None else halting_bias
+    return None, None, of_inputs, of_weight, given_TBG.sum((0, 1)), of_halting, of_bias
 
 
 class _Gradients:
