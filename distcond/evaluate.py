@@ -1,15 +1,18 @@
 """`distcond evaluate RUN`: a checkpoint measured in this process, without Ray or DeepSpeed."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from distcond.bench.timing import time_in_turn
 from distcond.compose import load_config
-from distcond.config import Config
+from distcond.config import Config, HaltingKind
 from distcond.data.batches import LocalFeeder, num_validation_batches
+from distcond.data.places import PLACES, places_of
 from distcond.errors import RunError
 from distcond.nn.model import SUMS, Learner
 from distcond.train.checkpoint import latest_checkpoint, read_dense, read_state, verified
@@ -26,6 +29,8 @@ LATENCY_REPEATS = 20
 
 def evaluate(run: Path, step: int | None = None) -> dict[str, Any]:
     """Quality on the validation set, ponder steps, MACs and latency of a run; also written to RUN/eval/step_<N>.json.
+
+    Of bytes under halting, also mean steps and bits by the place of the byte that is predicted, see `places_of`.
 
     step: which checkpoint; None: the newest. Raises RunError where there is no run or no such checkpoint.
     """
@@ -45,6 +50,8 @@ def evaluate(run: Path, step: int | None = None) -> dict[str, Any]:
         "macs_per_position": cost_of(config).macs(steps["val/ponder/steps"]),
         "latency_ms": _latency_ms(learner, feeder),
     }
+    if learner.is_text and config.model.halting.kind != HaltingKind.none:
+        result |= _by_place(learner, config, feeder)
     (folder.path / "eval").mkdir(exist_ok=True)
     write_json(folder.path / "eval" / f"step_{result['step']:08d}.json", result)
     return result
@@ -82,6 +89,28 @@ def _validation_sums(learner: Learner, config: Config, feeder: LocalFeeder) -> T
         _, sums = learner(*tensors(feeder.validation(index), torch.device("cpu")))
         total += sums
     return total
+
+
+@torch.no_grad()
+def _by_place(learner: Learner, config: Config, feeder: LocalFeeder) -> dict[str, float]:
+    """Share of the bytes (%), mean executed steps and bits a byte by place; what there is none of is left out."""
+    totals = torch.zeros(3, len(PLACES), dtype=torch.float64)
+    for index in range(num_validation_batches(config, 1)):
+        inputs, targets, lengths = tensors(feeder.validation(index), torch.device("cpu"))
+        place = torch.from_numpy(places_of(torch.cat([inputs[:, :1], targets], dim=1).numpy())).flatten()
+        logits, stats = learner.body(inputs, lengths)
+        nats = cross_entropy(logits.flatten(0, 1).float(), targets.flatten().long(), reduction="none")
+        valid = (torch.arange(targets.shape[1]) < lengths[:, None]).flatten()
+        for total, figure in zip(totals, (torch.ones_like(nats), stats.steps, nats / math.log(2)), strict=True):
+            total.index_add_(0, place[valid], figure[valid].double())
+    count = totals[0].clamp(min=1)
+    figures = {"pct": 100 * totals[0] / totals[0].sum(), "steps": totals[1] / count, "bits": totals[2] / count}
+    return {
+        f"val/{place.replace(' ', '_')}/{name}": float(values[number])
+        for number, place in enumerate(PLACES)
+        for name, values in figures.items()
+        if totals[0, number]
+    }
 
 
 @torch.no_grad()

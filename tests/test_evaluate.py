@@ -27,6 +27,15 @@ def test_evaluation_equals_the_last_validation_of_the_run(text_run: Config) -> N
     assert json.loads((path_of(text_run) / "eval/step_00000012.json").read_text()) == result
 
 
+def test_steps_and_bits_by_place_add_up_to_those_of_the_run(text_run: Config) -> None:
+    result = evaluate(path_of(text_run))
+    share = {name.split("/")[1]: value / 100 for name, value in result.items() if name.endswith("/pct")}
+    assert sum(share.values()) == pytest.approx(1) and {"word_start", "inside_a_word", "space", "line_start"} <= set(share)
+    for name, whole in (("steps", result["val/ponder/steps"]), ("bits", result["val/bpb"])):
+        assert sum(share[place] * result[f"val/{place}/{name}"] for place in share) == pytest.approx(whole, rel=1e-6)
+    assert len({result[f"val/{place}/bits"] for place in share}) == len(share)
+
+
 def test_earlier_checkpoint_can_be_chosen(text_run: Config) -> None:
     result = evaluate(path_of(text_run), step=6)
     assert result["step"] == 6
