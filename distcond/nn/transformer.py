@@ -13,6 +13,8 @@ from distcond.nn.halting import PonderStats
 from distcond.nn.linear import TreeOptions, make_linear
 
 VOCABULARY = 256
+MOST = 0.75
+"Share of a sequence's positions up to which queries are gathered."
 
 
 class Block(nn.Module):
@@ -31,11 +33,11 @@ class Block(nn.Module):
         self.up = make_linear(width, feed_forward, tree)
         self.down = nn.Linear(feed_forward, width)
         self._shape = (0, 0)
-        self._keys_values: Tensor | None = None
+        self._seen: Tensor | None = None
 
     def start(self, batch: int, length: int) -> None:
         """Forget the last batch; rows are positions of `batch` sequences of `length`."""
-        self._shape, self._keys_values = (batch, length), None
+        self._shape, self._seen = (batch, length), None
 
     def forward(self, x: Tensor, state: Tensor, rows: Tensor) -> Tensor:
         """x [R, 1], the first-step flag; state [R, D]; rows int64 [R], places among B x T -> state [R, D]."""
@@ -47,21 +49,47 @@ class Block(nn.Module):
 
     def _attend(self, x_RD: Tensor, rows_R: Tensor) -> Tensor:
         batch, length = self._shape
-        width = x_RD.shape[1]
-        query_RD, keys_values = self.qkv(x_RD).split([width, 2 * width], dim=1)
+        width, position_R = x_RD.shape[1], rows_R % max(length, 1)
+        parts = self.qkv(x_RD).unflatten(1, (3, self.heads, width // self.heads)).unbind(1)
+        query_RHd, key_RHd = rotate(parts[0], position_R), rotate(parts[1], position_R)
+        new = torch.stack([key_RHd, parts[2]], dim=1)
         everyone = len(rows_R) == batch * length
-        if self._keys_values is None or everyone:
-            self._keys_values = keys_values
-        else:
-            self._keys_values = self._keys_values.index_copy(0, rows_R, keys_values)
-            query_RD = torch.zeros_like(self._keys_values[:, :width]).index_copy(0, rows_R, query_RD)
-        key_RD, value_RD = self._keys_values.split(width, dim=1)
-        q, k, v = (
-            part.view(batch, length, self.heads, width // self.heads).transpose(1, 2) for part in (query_RD, key_RD, value_RD)
+        self._seen = new if self._seen is None or everyone else self._seen.index_copy(0, rows_R, new)
+        key, value = (part.transpose(1, 2) for part in self._seen.unflatten(0, (batch, length)).unbind(2))
+        asked = None if everyone else _Asked(rows_R, position_R, self._shape)
+        query = query_RHd.unflatten(0, (batch, length)) if asked is None else asked.spread(query_RHd)
+        sees = None if asked is None else asked.sees
+        mixed = nn.functional.scaled_dot_product_attention(
+            query.transpose(1, 2), key, value, attn_mask=sees, is_causal=sees is None
         )
-        mixed = nn.functional.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
-        mixed_RD = mixed.transpose(1, 2).reshape(batch * length, width)
-        return mixed_RD if everyone else mixed_RD[rows_R]
+        mixed = mixed.transpose(1, 2).flatten(2)
+        return mixed.flatten(0, 1) if asked is None else mixed[asked.sequence_R, asked.place_R]
+
+
+class _Asked:
+    """The queries of rows still running, side by side in each sequence, so that time follows their number.
+
+    rows_R: ascending places among B x T; position_R: those in their sequence. S below: most rows of a sequence, or T where
+    these are more than MOST of it: masked attention over fewer queries is then no faster than causal one over all.
+    """
+
+    def __init__(self, rows_R: Tensor, position_R: Tensor, shape: tuple[int, int]) -> None:
+        batch, length = shape
+        self.sequence_R, self.place_R = rows_R // max(length, 1), position_R
+        counts_B = torch.bincount(self.sequence_R, minlength=batch)
+        most = int(counts_B.max()) if batch else 0
+        self.sees: Tensor | None = None
+        "Bool [B, 1, S, T], whether a query sees a position: itself and those before it; None: query s is at position s."
+        self._shape = shape
+        if most <= MOST * length:
+            self._shape = (batch, most)
+            self.place_R = torch.arange(len(rows_R), device=rows_R.device) - (counts_B.cumsum(0) - counts_B)[self.sequence_R]
+            last_BS = position_R.new_zeros(self._shape).index_put((self.sequence_R, self.place_R), position_R)
+            self.sees = (torch.arange(length, device=rows_R.device) <= last_BS[:, :, None])[:, None]
+
+    def spread(self, x_RHd: Tensor) -> Tensor:
+        """[B, S, H, d], zeros where there is no query."""
+        return x_RHd.new_zeros(*self._shape, *x_RHd.shape[1:]).index_put((self.sequence_R, self.place_R), x_RHd)
 
 
 class Transformer(nn.Module):
@@ -93,11 +121,11 @@ class Transformer(nn.Module):
         return logits
 
 
-def rotate(x: Tensor) -> Tensor:
-    """Rotary position embedding of [B, H, T, d], d even (Su et al. 2021, arXiv 2104.09864)."""
-    length, half = x.shape[2], x.shape[3] // 2
+def rotate(x: Tensor, position: Tensor) -> Tensor:
+    """Rotary position embedding of [R, H, d], d even, rows at positions int64 [R] (Su et al. 2021, arXiv 2104.09864)."""
+    half = x.shape[2] // 2
     frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = torch.arange(length, device=x.device, dtype=torch.float32)[:, None] * frequency
+    angle = position.float()[:, None, None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)

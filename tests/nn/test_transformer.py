@@ -72,10 +72,33 @@ def turned(vector: Tensor, time: int) -> Tensor:
 
 
 def test_rotation_turns_pairs_by_the_position() -> None:
-    x = torch.randn(1, 1, 9, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    expected = torch.stack([turned(vector, time) for time, vector in enumerate(x[0, 0])])
+    x = torch.randn(9, 2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    position = torch.tensor([3, 1, 4, 0, 5, 8, 2, 6, 5])
+    expected = torch.stack(
+        [torch.stack([turned(head, int(time)) for head in row]) for row, time in zip(x, position, strict=True)]
+    )
     # The angles are float32: positions up to 8 with a relative error of 6e-8.
-    torch.testing.assert_close(rotate(x)[0, 0], expected, rtol=0, atol=3e-6)
+    torch.testing.assert_close(rotate(x, position), expected, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("rows", [[0, 2, 3, 6, 14, 20], [8], [], list(range(3 * LENGTH - 1))])
+def test_rows_attend_as_they_would_among_all(rows: list[int]) -> None:
+    """Where the others do not change: some sequences have few rows, or none."""
+    block, count = build("fixed", 1).block[0], BATCH * LENGTH
+    x = torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    found = []
+    for some in (rows, range(count)):
+        block.start(BATCH, LENGTH)
+        everyone, given = x.clone().requires_grad_(), x.clone().requires_grad_()
+        block._attend(everyone, torch.arange(count))
+        out = block._attend(given[list(some)], torch.tensor(list(some), dtype=torch.int64))
+        if some is not rows:
+            out = out[rows]
+        weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)
+        (out * weight).sum().backward()
+        assert given.grad is not None
+        found.append((out, given.grad if everyone.grad is None else given.grad + everyone.grad))
+    torch.testing.assert_close(*found, **EXACT)
 
 
 def by_hand(model: Transformer, text: Tensor, ponder_steps: list[int]) -> list[Tensor]:
@@ -179,7 +202,7 @@ def test_nothing_of_a_batch_is_kept_for_the_next(kind: str, max_steps: int) -> N
     model(make_bytes(seed=5)[:1, :3], LENGTHS[:1])
     again, _ = model(make_bytes(), LENGTHS)
     assert torch.equal(first, again)
-    assert model.block[0]._keys_values is None
+    assert model.block[0]._seen is None
 
 
 @pytest.mark.parametrize("tree", TREES)
