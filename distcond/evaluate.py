@@ -12,6 +12,7 @@ from distcond.bench.timing import time_in_turn
 from distcond.compose import load_config
 from distcond.config import Config, HaltingKind
 from distcond.data.batches import LocalFeeder, num_validation_batches
+from distcond.data.generated import GeneratedTask
 from distcond.data.places import PLACES, places_of
 from distcond.errors import RunError
 from distcond.nn.model import SUMS, Learner
@@ -30,7 +31,8 @@ LATENCY_REPEATS = 20
 def evaluate(run: Path, step: int | None = None) -> dict[str, Any]:
     """Quality on the validation set, ponder steps, MACs and latency of a run; also written to RUN/eval/step_<N>.json.
 
-    Of bytes under halting, also mean steps and bits by the place of the byte that is predicted, see `places_of`.
+    Under halting also mean steps by what an element has more or less of (gates, digits); of bytes, mean steps and bits by the
+    place of the byte that is predicted, see `places_of`.
 
     step: which checkpoint; None: the newest. Raises RunError where there is no run or no such checkpoint.
     """
@@ -50,8 +52,8 @@ def evaluate(run: Path, step: int | None = None) -> dict[str, Any]:
         "macs_per_position": cost_of(config).macs(steps["val/ponder/steps"]),
         "latency_ms": _latency_ms(learner, feeder),
     }
-    if learner.is_text and config.model.halting.kind != HaltingKind.none:
-        result |= _by_place(learner, config, feeder)
+    if config.model.halting.kind != HaltingKind.none:
+        result |= _by_place(learner, config, feeder) if learner.is_text else _by_measure(learner, config, feeder)
     (folder.path / "eval").mkdir(exist_ok=True)
     write_json(folder.path / "eval" / f"step_{result['step']:08d}.json", result)
     return result
@@ -110,6 +112,26 @@ def _by_place(learner: Learner, config: Config, feeder: LocalFeeder) -> dict[str
         for number, place in enumerate(PLACES)
         for name, values in figures.items()
         if totals[0, number]
+    }
+
+
+@torch.no_grad()
+def _by_measure(learner: Learner, config: Config, feeder: LocalFeeder) -> dict[str, float]:
+    """Mean executed steps of the elements that have so many gates, digits or set bits."""
+    task = feeder.task
+    if not isinstance(task, GeneratedTask) or not task.measure:
+        return {}
+    parts = []
+    for index in range(num_validation_batches(config, 1)):
+        inputs, _, lengths = tensors(feeder.validation(index), torch.device("cpu"))
+        valid_BT = torch.arange(inputs.shape[1]) < lengths[:, None]
+        _, stats = learner.body(inputs, lengths)
+        amount = torch.from_numpy(task.measured(inputs.numpy()))
+        parts.append(torch.stack([amount[valid_BT], stats.steps.view_as(valid_BT)[valid_BT]]))
+    amounts, steps = torch.cat(parts, dim=1)
+    return {
+        f"val/{task.measure}_{amount:02d}/steps": float(steps[amounts == amount].double().mean())
+        for amount in amounts.unique().tolist()
     }
 
 

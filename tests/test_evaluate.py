@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from distcond.compose import save_config
 from distcond.config import Config
 from distcond.errors import RunError
 from distcond.evaluate import evaluate
 from distcond.train.fits import cost_of
+from tests.helpers import run_ranks, small_config, train_here
 
 
 def path_of(config: Config) -> Path:
@@ -34,6 +36,17 @@ def test_steps_and_bits_by_place_add_up_to_those_of_the_run(text_run: Config) ->
     for name, whole in (("steps", result["val/ponder/steps"]), ("bits", result["val/bpb"])):
         assert sum(share[place] * result[f"val/{place}/{name}"] for place in share) == pytest.approx(whole, rel=1e-6)
     assert len({result[f"val/{place}/bits"] for place in share}) == len(share)
+
+
+def test_steps_of_a_task_are_told_apart_by_its_measure(tmp_path: Path) -> None:
+    options = {"data__name": "logic", "data__max_length": 3, "data__max_gates": 2, "model__tree__depth": 0}
+    config = small_config(tmp_path, **options, model__tree__full_depth=None, model__halting__halting_bias=-1.0)
+    run_ranks(train_here, 1, config)
+    save_config(config, path_of(config) / "config.yaml")
+    result = evaluate(path_of(config))
+    by_gates = {name: value for name, value in result.items() if name.startswith("val/gates")}
+    assert set(by_gates) == {"val/gates_01/steps", "val/gates_02/steps"}
+    assert min(by_gates.values()) <= result["val/ponder/steps"] <= max(by_gates.values())
 
 
 def test_earlier_checkpoint_can_be_chosen(text_run: Config) -> None:

@@ -37,7 +37,9 @@ def addition(max_length: int, max_digits: int) -> GeneratedTask:
 
     options: Options = {"max_length": max_length, "max_digits": max_digits}
     num_outputs = (END + 1) * (max_digits + 1)
-    return GeneratedTask("addition", 10 * max_digits, num_outputs, max_length, draw, options, num_classes=END + 1)
+    return GeneratedTask(
+        "addition", 10 * max_digits, num_outputs, max_length, draw, options, num_classes=END + 1, measure="digits"
+    )
 
 
 def _digits(numbers_BT: np.ndarray, size: int) -> np.ndarray:

@@ -14,6 +14,10 @@ VALIDATION_BLOCK = 256
 "Validation rows are drawn in blocks of this many, so that row i is the same however many are asked for."
 
 
+def _nonzero(inputs: np.ndarray) -> np.ndarray:
+    return np.asarray(np.count_nonzero(inputs, axis=2))
+
+
 @dataclass(frozen=True, slots=True)
 class GeneratedTask:
     """A task whose examples are drawn, not read."""
@@ -32,6 +36,11 @@ class GeneratedTask:
     kind: str = "vectors"
     draw_validation: Callable[[np.random.Generator, int], Batch] | None = None
     "The same for the validation set, where it asks for other examples; None: it does not."
+
+    measure: str = ""
+    "What an element has more or less of, e.g. digits; empty: nothing that counts."
+    measured: Callable[[np.ndarray], np.ndarray] = _nonzero
+    "How much of it each element of inputs [B, T, I] has: int64 [B, T]."
 
     def rows(self, seed: int, step: int, size: int, part: slice = slice(None)) -> Batch:
         """Rows `part` of the global batch `step`, which has `size` rows."""

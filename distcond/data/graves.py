@@ -66,7 +66,7 @@ def parity(
     options: Options = {"num_bits": num_bits, "scattered": scattered, "set_bits": list(trained)}
     options["validation_set_bits"] = list(validated)
     draws = partial(draw, trained), partial(draw, validated)
-    return GeneratedTask("parity", num_bits, 1, 1, draws[0], options, draw_validation=draws[1])
+    return GeneratedTask("parity", num_bits, 1, 1, draws[0], options, draw_validation=draws[1], measure="set_bits")
 
 
 def logic(max_length: int, max_gates: int) -> GeneratedTask:
@@ -94,7 +94,12 @@ def logic(max_length: int, max_gates: int) -> GeneratedTask:
         return Batch(inputs * counts, targets * counts, lengths, size)
 
     options: Options = {"max_length": max_length, "max_gates": max_gates}
-    return GeneratedTask("logic", 2 + NUM_GATES * NUM_GATES, 1, max_length, draw, options)
+
+    def count_gates(inputs: np.ndarray) -> np.ndarray:
+        return np.asarray(np.count_nonzero(inputs[:, :, 2:], axis=2))
+
+    size = 2 + NUM_GATES * NUM_GATES
+    return GeneratedTask("logic", size, 1, max_length, draw, options, measure="gates", measured=count_gates)
 
 
 def _evaluate(bits_BT2: np.ndarray, gates_BTG: np.ndarray, used_BTG: np.ndarray) -> np.ndarray:

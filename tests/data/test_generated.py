@@ -31,3 +31,13 @@ def test_validation_is_not_what_seed_0_trains_on() -> None:
 def test_steps_and_seeds_draw_other_rows() -> None:
     rows = [sort(4).rows(seed, step, 8).inputs.tobytes() for seed in (0, 1) for step in (0, 1)]
     assert len(set(rows)) == 4 and sort(4).rows(1, 1, 8).inputs.tobytes() == rows[3]
+
+
+@pytest.mark.parametrize(
+    ("task", "most"), [(parity(8), 8), (logic(4, 3), 3), (addition(3, 2), 2)], ids=["parity", "logic", "addition"]
+)
+def test_elements_are_told_apart_by_how_much_they_have(task: GeneratedTask, most: int) -> None:
+    batch = task.rows(0, 0, 300)
+    amount = task.measured(batch.inputs)
+    inside = np.arange(task.max_length) < batch.lengths[:, None]
+    assert task.measure and set(amount[inside].tolist()) == set(range(1, most + 1)) and not amount[~inside].any()
