@@ -1,6 +1,7 @@
 """metrics.jsonl and its mirror; the wandb here is the real one, offline or before a server that never answers."""
 
 import json
+import logging
 import math
 import os
 import signal
@@ -29,6 +30,17 @@ def no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+
+
+@pytest.fixture
+def warnings_logged() -> Iterator[list[str]]:
+    """What the tracker has logged (pytest's own `caplog` is switched off, for its time)."""
+    log, messages = logging.getLogger("distcond.tracking"), list[str]()
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    yield messages
+    log.removeHandler(handler)
 
 
 @pytest.fixture
@@ -174,7 +186,7 @@ os.kill(os.getpid(), {signal.SIGKILL})
 
 @pytest.mark.parametrize(("mode", "key"), [("online", ""), ("auto", "too-short")])
 def test_no_way_online_is_one_warning_and_an_offline_run(
-    tmp_path: Path, mode: str, key: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, mode: str, key: str, monkeypatch: pytest.MonkeyPatch, warnings_logged: list[str]
 ) -> None:
     if key:
         monkeypatch.setenv("WANDB_API_KEY", key)
@@ -183,7 +195,7 @@ def test_no_way_online_is_one_warning_and_an_offline_run(
     wait_for(lambda: offline_runs(tmp_path))
     tracker.close()
     assert mirrored_rows(finished_run(tmp_path)) == [{"step": 1, "loss": 0.5}]
-    (message,) = caplog.messages
+    (message,) = warnings_logged
     assert message.startswith("wandb is offline (") and f"wandb sync {tmp_path}/wandb/offline-run-*" in message
 
 
@@ -255,7 +267,7 @@ def test_a_mirror_that_dies_holds_up_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow  # wandb itself takes 20 s to give up
 @pytest.mark.usefixtures("silent_server")
-def test_a_server_that_hangs_leaves_a_complete_offline_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_that_hangs_leaves_a_complete_offline_run(tmp_path: Path, warnings_logged: list[str]) -> None:
     tracker = track(tmp_path, "auto")
     for step in range(1, 201):
         tracker.log({"step": step})
@@ -263,5 +275,5 @@ def test_a_server_that_hangs_leaves_a_complete_offline_run(tmp_path: Path, caplo
     wait_for(lambda: offline_runs(tmp_path), 60)
     tracker.close()
     assert mirrored_rows(finished_run(tmp_path)) == rows_in(tmp_path)
-    (message,) = caplog.messages
+    (message,) = warnings_logged
     assert message.startswith("wandb is offline (")
