@@ -27,6 +27,7 @@ from distcond.nn import TreeLinear
 from distcond.table import NodeTable, SubtreePlan
 from tests.helpers import run_ranks
 from tests.thread_ranks import ThreadGroup, run_threads
+from tests.trees import seed_cpu
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +77,7 @@ def test_tokens_have_the_precision_asked_for_and_rows_that_of_masters() -> None:
 
 
 def test_layers_and_leaves_are_as_asked() -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     (uniform, x), (zipf, z) = (prepared_layer(Case(8, 512, 16, 4, leaves=leaves)) for leaves in ("uniform", "zipf"))
     busiest = [layer.leaf(tokens).flatten().bincount().max() for layer, tokens in ((uniform, x), (zipf, z))]
     assert busiest[1] > 4 * busiest[0]
@@ -148,7 +149,7 @@ def test_bytes_counted_are_those_of_the_closed_form(counts: list[list[int]], gat
     group = ThreadGroup(ranks)
 
     def work(rank: int) -> tuple[int, int]:
-        torch.manual_seed(0)
+        seed_cpu(0)
         layer = TreeLinear(inputs, outputs, depth, gate="sign", gate_gradient=gate_gradient, storage="lazy")
         collective = group.collective(rank)
         layer.shard(SubtreePlan.make(depth, ranks), collective)

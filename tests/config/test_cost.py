@@ -20,7 +20,7 @@ from distcond.config import (
 from distcond.config.cost import model_cost, tree_cost
 from distcond.nn.model import Learner, build_learner
 from tests.pairs import every_pair
-from tests.trees import random_tree
+from tests.trees import random_tree, seed_cpu
 
 TREES: list[dict[str, Any]] = [
     {"depth": 0},
@@ -51,7 +51,7 @@ def sizes_of(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(config: ModelConfig, sizes: dict[str, Any]) -> Learner:
-    torch.manual_seed(0)
+    seed_cpu(0)
     return build_learner(config, **sizes)
 
 

@@ -8,7 +8,7 @@ import torch
 from distcond.nn import FlatTree, TreeLinear, flatten
 from distcond.optim import RowAdam
 from distcond.table import Collective, SubtreePlan
-from tests.trees import random_tree, token_by_token, tokens
+from tests.trees import random_tree, seed_cpu, token_by_token, tokens
 
 # float64: sums of at most 13 levels x 5 products of numbers of size 1.
 ROUNDING = {"rtol": 0, "atol": 1e-13}
@@ -58,7 +58,7 @@ def test_the_hottest_leaves_are_folded_and_the_layer_serves_the_rest(storage: st
 
 
 def test_a_deep_lazy_tree_is_folded_where_tokens_went() -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     layer = TreeLinear(5, 4, 40, full_depth=2, rank=1, storage="lazy").double()
     layer.records_loads, optimizer = True, RowAdam(layer, lr=0.1)
     for step in range(2):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from distcond.nn import TreeLinear
 from tests.pairs import every_pair
-from tests.trees import random_tree, token_by_token, tokens
+from tests.trees import random_tree, seed_cpu, token_by_token, tokens
 
 DEPTH, IN, OUT = 2, 6, 6
 FORESTS: list[dict[str, Any]] = [
@@ -61,7 +61,7 @@ def test_codes_and_leaves_have_an_axis_of_trees(depth: int, storage: str) -> Non
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("num_trees", [2, 3])
 def test_from_linear_computes_the_same_function(num_trees: int, bias: bool, storage: str) -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     linear = nn.Linear(IN, OUT, bias=bias).double()
     x = tokens(30, IN)
     for depth in (0, 3):
@@ -168,7 +168,7 @@ def test_gradients_are_finite_differences(gate_gradient: str, options: dict[str,
 
 
 def test_every_root_exists_and_other_nodes_with_their_first_gradient() -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     layer = TreeLinear(IN, OUT, 40, storage="lazy", full_depth=3, rank=1, num_trees=3)
     assert layer.num_materialized == 3
     x = tokens(5, IN).float()

@@ -7,13 +7,13 @@ from torch import Tensor
 from distcond.nn import TreeLinear
 from distcond.nn.gates import MOMENTUM, Gate
 from distcond.optim import RowAdam
-from tests.trees import random_tree, tokens
+from tests.trees import random_tree, seed_cpu, tokens
 
 EXACT = {"rtol": 0, "atol": 1e-13}  # float64 means of numbers of size 1 to 10
 
 
 def make_gate(seed: int = 0) -> Gate:
-    torch.manual_seed(seed)
+    seed_cpu(seed)
     return Gate(5, 3, "linear").double()
 
 
@@ -127,7 +127,7 @@ def test_a_step_commits_what_its_micro_batches_staged(storage: str, optimizer: s
 @pytest.mark.parametrize("kind", ["linear", "hash"])
 @pytest.mark.parametrize("storage", ["dense", "lazy"])
 def test_bits_are_balanced_after_a_few_steps(storage: str, kind: str) -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     layer = TreeLinear(5, 4, 4, storage=storage, gate=kind)
     optimizer = RowAdam(layer, lr=1e-3)
 

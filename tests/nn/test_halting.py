@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from distcond.nn import AdaptiveComputation, FixedComputation
 from distcond.nn.functional import act_weights
 from distcond.nn.halting import HaltingUnit
+from tests.trees import seed_cpu
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64; mean fields of at most 7 states of size 1, gradients of 12 rows x 7 steps
 BATCH, INPUTS, WIDTH = 12, 3, 5
@@ -80,7 +81,7 @@ def row_by_row(ponder: AdaptiveComputation, x: Tensor, state: tuple[Tensor, ...]
 @pytest.mark.parametrize("epsilon", [0.01, 0.3])
 @pytest.mark.parametrize("make_cell", [OneTensor, TwoTensors])
 def test_equals_each_row_pondered_alone(make_cell: Callable[[], nn.Module], epsilon: float, max_steps: int) -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     ponder = make_ponder(make_cell(), max_steps, epsilon)
     x, state = make_input(ponder.cell)
     leaves = [x.requires_grad_(), *(part.requires_grad_() for part in state), *ponder.parameters()]
@@ -191,7 +192,7 @@ def test_halting_starts_at_two_steps_and_is_computed_in_float32() -> None:
 
 
 def test_autocast_leaves_halting_in_float32() -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     unit = HaltingUnit(WIDTH, 1.0)
     nn.init.normal_(unit.weight)
     state = torch.randn(50, WIDTH)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distcond.nn import AdaptiveComputation, FixedComputation, PonderNet
 from tests.nn.test_halting import row_by_row
 from tests.thread_ranks import Groups
-from tests.trees import random_tree
+from tests.trees import random_tree, seed_cpu
 
 INPUTS, WIDTH, BATCH = 3, 5, 12
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64
@@ -50,7 +50,7 @@ def make(kind: Any, cell: Callable[..., Any], max_steps: int = 7) -> Any:
 
 @pytest.mark.parametrize("make_cell", [nn.GRUCell, nn.LSTMCell, nn.RNNCell])
 def test_torchs_cells_ponder(make_cell: Callable[..., nn.Module]) -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     ponder = make(AdaptiveComputation, Torchs(make_cell(INPUTS + 1, WIDTH)))
     x, state = torch.randn(BATCH, INPUTS).double(), torch.randn(2, BATCH, WIDTH).double()
     parts = tuple(state) if make_cell is nn.LSTMCell else (state[0],)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from distcond.nn import TreeLinear
 from distcond.optim import RowAdam
-from tests.trees import tokens
+from tests.trees import seed_cpu, tokens
 
 
 def trained(storage: str, **options: Any) -> tuple[TreeLinear, list[Tensor]]:
@@ -16,7 +16,7 @@ def trained(storage: str, **options: Any) -> tuple[TreeLinear, list[Tensor]]:
 
     NOTE: rows are a whole number of 64 bytes long, for BLAS may round by where in memory a matrix begins.
     """
-    torch.manual_seed(0)
+    seed_cpu(0)
     layer = TreeLinear(16, 16, 4, storage=storage, full_depth=2, rank=2, **options)
     optimizer = RowAdam(layer, lr=0.1, weight_decay=0.1)
     seen: list[Tensor] = []

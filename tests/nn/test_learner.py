@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from distcond.config import CellName, HaltingConfig, HaltingKind, ModelConfig, ModelName, TreeConfig
 from distcond.nn import AdaptiveComputation, FixedComputation, PonderNet, PonderStats, TreeLinear
 from distcond.nn.model import SUMS, Learner, build_learner
+from tests.trees import seed_cpu
 
 LENGTHS = torch.tensor([4, 2, 0, 3])
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -34,7 +35,7 @@ def config(name: ModelName, kind: HaltingKind, **options: Any) -> ModelConfig:
 
 
 def build(name: ModelName, kind: HaltingKind = HaltingKind.act, **options: Any) -> Learner:
-    torch.manual_seed(0)
+    seed_cpu(0)
     is_text = name == ModelName.transformer
     return build_learner(
         config(name, kind, **options), is_text=is_text, input_size=256 if is_text else 3, output_size=256 if is_text else 2

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from distcond.nn import AdaptiveComputation, FixedComputation
 from distcond.nn.linear import TreeOptions
 from distcond.nn.mlp import ResidualCell, VectorMLP, WindowMLP
+from tests.trees import seed_cpu
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64; at most 5 ponder steps on states of size 1
 WIDTH, WINDOW, LENGTH, INPUTS, OUTPUTS = 6, 3, 7, 4, 2
@@ -23,12 +24,12 @@ def ponder_of(kind: str, tree: TreeOptions) -> nn.Module:
 
 
 def bytes_model(kind: str = "act", tree: TreeOptions = TREES[0]) -> WindowMLP:
-    torch.manual_seed(0)
+    seed_cpu(0)
     return WindowMLP(ponder_of(kind, tree), WIDTH, WINDOW).double().eval()
 
 
 def vector_model(kind: str = "act", tree: TreeOptions = TREES[0]) -> VectorMLP:
-    torch.manual_seed(0)
+    seed_cpu(0)
     return VectorMLP(ponder_of(kind, tree), INPUTS, WIDTH, OUTPUTS).double().eval()
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from distcond.nn import PonderNet
 from tests.nn.test_halting import BATCH, EXACT, INPUTS, WIDTH, OneTensor, OtherRanks, TwoTensors
+from tests.trees import seed_cpu
 
 
 def make_ponder(cell: nn.Module, max_steps: int = 9, epsilon: float = 0.05) -> PonderNet:
@@ -47,7 +48,7 @@ def alone(ponder: PonderNet, x: Tensor, state: tuple[Tensor, ...], row: int) -> 
 @pytest.mark.parametrize("max_steps", [1, 3, 9])
 @pytest.mark.parametrize("make_cell", [OneTensor, TwoTensors])
 def test_training_equals_each_row_pondered_alone(make_cell: type[nn.Module], max_steps: int) -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     ponder = make_ponder(make_cell(), max_steps)
     x, state = make_input(ponder.cell)
     leaves = [x.requires_grad_(), *(part.requires_grad_() for part in state), *ponder.parameters()]
@@ -77,7 +78,7 @@ def test_training_equals_each_row_pondered_alone(make_cell: type[nn.Module], max
 
 
 def test_the_state_that_is_handed_on_has_the_gradient_of_the_mean() -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     ponder = make_ponder(OneTensor())
     x, (state,) = make_input(ponder.cell)
     out, stats = ponder(x, state)
@@ -93,7 +94,7 @@ def test_the_state_that_is_handed_on_has_the_gradient_of_the_mean() -> None:
 
 @pytest.mark.parametrize("make_cell", [OneTensor, TwoTensors])
 def test_evaluation_stops_at_the_median_step_with_the_state_of_training(make_cell: type[nn.Module]) -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     ponder = make_ponder(make_cell())
     x, parts = make_input(ponder.cell)
     state = parts if len(parts) > 1 else parts[0]
@@ -109,7 +110,7 @@ def test_evaluation_stops_at_the_median_step_with_the_state_of_training(make_cel
 
 def test_the_regulariser_is_the_divergence_from_the_prior_up_to_a_constant() -> None:
     """KL(p || Geom(lambda_p)), summed up term by term, against the entropy and the mean that the loss is made of."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     ponder = make_ponder(OneTensor())
     _, stats = ponder(*[part if torch.is_tensor(part) else part[0] for part in make_input(ponder.cell)])
     rate = 0.2
@@ -128,7 +129,7 @@ def test_the_regulariser_is_the_divergence_from_the_prior_up_to_a_constant() -> 
 @pytest.mark.parametrize("own", [0, 3])
 @pytest.mark.parametrize("others", [1, 4, 20])
 def test_in_lockstep_every_rank_runs_as_many_steps_as_the_slowest(others: int, own: int, training: bool) -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     ponder = make_ponder(OneTensor()).train(training)
     x, (state,) = make_input(ponder.cell)
     expected, stats = ponder(x[:own], state[:own])

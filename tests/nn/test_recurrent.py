@@ -12,6 +12,7 @@ from distcond.nn.linear import TreeOptions
 from distcond.nn.recurrent import Recurrent
 from distcond.nn.transformer import VOCABULARY
 from tests.pairs import every_pair
+from tests.trees import seed_cpu
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64; 5 time steps of at most 6 ponder steps on states of size 1
 INPUTS, WIDTH, OUTPUTS, LENGTH = 3, 6, 2, 5
@@ -19,7 +20,7 @@ TREES = [TreeOptions(), TreeOptions(depth=2), TreeOptions(depth=3, full_depth=1,
 
 
 def build(cell_name: str, kind: str, tree: TreeOptions = TreeOptions(), max_steps: int = 6) -> Recurrent:  # noqa: B008 (frozen)
-    torch.manual_seed(0)
+    seed_cpu(0)
     cell = CELLS[cell_name](INPUTS + 1, WIDTH, tree)
     ponder: nn.Module = FixedComputation(cell, max_steps)
     if kind == "act":
@@ -125,7 +126,7 @@ def test_it_runs_and_learns_in_bfloat16(cell: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["act", "fixed"])
 def test_bytes_are_one_hot_vectors(kind: str) -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     cell = CELLS["gru"](VOCABULARY + 1, WIDTH, TreeOptions())
     ponder = AdaptiveComputation(cell, WIDTH) if kind == "act" else FixedComputation(cell, 2)
     model = Recurrent(ponder, WIDTH, 1, VOCABULARY).double()

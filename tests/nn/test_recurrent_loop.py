@@ -8,6 +8,7 @@ from distcond.nn import AdaptiveComputation, recurrent, recurrent_loop
 from distcond.nn.linear import TreeOptions
 from distcond.nn.recurrent import Recurrent
 from tests.nn.test_recurrent import LENGTH, build, make_inputs
+from tests.trees import seed_cpu
 
 NEAR = {"rtol": 1e-10, "atol": 1e-11}  # float64; 5 time steps of at most 6 ponder steps on states of size 1
 LENGTHS = [torch.tensor([5, 1, 3, 0, 4, 5]), torch.full((6,), LENGTH), torch.zeros(6, dtype=torch.int64)]
@@ -42,7 +43,7 @@ def test_the_loop_is_the_modules(cell: str, kind: str, lengths: Tensor, monkeypa
 
 
 def test_bytes_are_one_hot_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     cell = build("lstm", "act").ponder.cell
     cell = type(cell)(256 + 1, 6, TreeOptions()).double()
     model = Recurrent(AdaptiveComputation(cell, 6, 4, halting_bias=-1.0), 6, 2, 3).double()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from distcond.nn import AdaptiveComputation, FixedComputation
 from distcond.nn.linear import TreeOptions
 from distcond.nn.transformer import Block, Transformer, rotate
+from tests.trees import seed_cpu
 
 EXACT = {"rtol": 0, "atol": 1e-11}  # float64; at most 6 steps of sums over 16 features
 BATCH, LENGTH, WIDTH, HEADS = 3, 7, 8, 2
@@ -19,7 +20,7 @@ PONDERS: list[tuple[str, int]] = [("none", 1), ("fixed", 3), ("act", 6)]
 
 
 def build(kind: str, max_steps: int, tree: TreeOptions = TreeOptions()) -> Transformer:  # noqa: B008 (frozen)
-    torch.manual_seed(0)
+    seed_cpu(0)
     block = Block(WIDTH, HEADS, 16, tree)
     ponder: nn.Module = FixedComputation(block, max_steps)
     if kind == "act":

@@ -10,7 +10,7 @@ from torch import nn
 from distcond.nn import TreeLinear
 from distcond.optim import RowAdam
 from tests.pairs import every_pair
-from tests.trees import nodes_of, path, random_tree, token_by_token, tokens
+from tests.trees import nodes_of, path, random_tree, seed_cpu, token_by_token, tokens
 
 STORAGES = ["dense", "lazy"]
 # float64: sums of at most 13 levels x 5 products of numbers of size 1. float32: the same sums, with 65 roundings of at
@@ -73,7 +73,7 @@ def test_a_dense_node_is_its_row_of_the_parameters(options: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("depth", [0, 1, 5, 62])
 def test_leaf_is_the_integer_of_the_bits_the_first_one_most_significant(depth: int) -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     layer = TreeLinear(5, 4, depth, storage="lazy")
     x = tokens(50).float().view(2, 25, 5)
     codes, leaf = layer.codes(x), layer.leaf(x)
@@ -204,9 +204,9 @@ def test_autocast_leaves_bits_and_rows_in_float32(storage: str) -> None:
     every_pair([(5,), (1, 5), (33, 5), (2, 7, 5), (0, 5)], [torch.float32, torch.float64], [True, False], STORAGES),
 )
 def test_depth_0_is_nn_linear_bit_for_bit(storage: str, bias: bool, leading: tuple[int, ...], dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     linear = nn.Linear(5, 4, bias=bias)
-    torch.manual_seed(0)
+    seed_cpu(0)
     layer = TreeLinear(5, 4, 0, storage=storage, bias=bias)
     linear, layer = linear.to(dtype), layer.to(dtype)
     x = torch.randn(leading, dtype=dtype)
@@ -232,7 +232,7 @@ def test_depth_0_is_nn_linear_bit_for_bit(storage: str, bias: bool, leading: tup
 @pytest.mark.parametrize("depth", [0, 1, 6])
 @pytest.mark.parametrize("storage", STORAGES)
 def test_from_linear_computes_the_same_function(storage: str, depth: int, options: dict[str, Any]) -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     linear = nn.Linear(5, 4, bias=options.get("bias", True))
     others = {name: value for name, value in shape(options, depth).items() if name != "bias"}
     layer = TreeLinear.from_linear(linear, depth, storage=storage, **others)
@@ -248,7 +248,7 @@ def test_from_linear_computes_the_same_function(storage: str, depth: int, option
     [("dense", torch.float64, 1e-16), ("lazy", torch.float64, 1e-16), ("dense", torch.bfloat16, 4e-3)],
 )
 def test_from_linear_keeps_the_precision_of_the_linear_layer(storage: str, dtype: torch.dtype, rounding: float) -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     linear = nn.Linear(5, 4).to(dtype)
     x = torch.randn(33, 5, dtype=dtype)
     y = TreeLinear.from_linear(linear, 3, storage=storage)(x)
@@ -280,7 +280,7 @@ def materialised(layer: TreeLinear) -> list[int]:
 @pytest.mark.parametrize("options", SHAPES)
 @pytest.mark.parametrize("depth", [0, 6, 40, 62])
 def test_exactly_the_paths_that_backward_took_exist(depth: int, options: dict[str, Any]) -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     layer = TreeLinear(5, 4, depth, storage="lazy", **shape(options, depth))
     optimizer = RowAdam(layer, lr=0.1)
     expected = {0}
@@ -299,7 +299,7 @@ def test_exactly_the_paths_that_backward_took_exist(depth: int, options: dict[st
 
 
 def test_memory_follows_the_visits_in_a_tree_of_depth_62() -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     layer = TreeLinear(5, 4, 62, storage="lazy", full_depth=2, rank=1)
     assert layer.table is not None
     layer(tokens(10).float()).sum().backward()
@@ -310,7 +310,7 @@ def test_memory_follows_the_visits_in_a_tree_of_depth_62() -> None:
 
 @pytest.mark.parametrize("options", SHAPES)
 def test_an_unseen_leaf_equals_its_deepest_materialised_prefix(options: dict[str, Any]) -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     layer = TreeLinear(5, 4, 6, storage="lazy", **options)
     optimizer = RowAdam(layer, lr=0.1)
     for step in range(3):
@@ -330,7 +330,7 @@ def test_an_unseen_leaf_equals_its_deepest_materialised_prefix(options: dict[str
 
 
 def test_a_node_that_does_not_exist_is_a_node_of_zeros() -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     layer = TreeLinear(5, 4, 40, storage="lazy", full_depth=3, rank=2)
     for node in (1, 14, 15, 2**41 - 2):
         assert layer.node_weight(node).shape == (4, 5) and not layer.node_weight(node).any()
@@ -340,7 +340,7 @@ def test_a_node_that_does_not_exist_is_a_node_of_zeros() -> None:
 
 
 def test_a_lazy_layer_whose_input_asks_for_no_gradient_still_trains() -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Sequential(TreeLinear(5, 16, 3, storage="lazy"), nn.Tanh(), nn.Linear(16, 1))
     rows, dense = RowAdam(model, lr=0.02), torch.optim.Adam(model.parameters(), lr=0.02)
     x, losses = tokens(64).float(), []
@@ -359,7 +359,7 @@ def test_a_lazy_layer_whose_input_asks_for_no_gradient_still_trains() -> None:
 
 @pytest.mark.parametrize("storage", STORAGES)
 def test_forward_without_gradient_changes_nothing(storage: str) -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     layer = TreeLinear(5, 4, 3, storage=storage)
     before = copy.deepcopy(layer.state_dict())
     with torch.no_grad():
@@ -375,7 +375,7 @@ def test_forward_without_gradient_changes_nothing(storage: str) -> None:
 @pytest.mark.parametrize("storage", STORAGES)
 def test_hash_planes_come_from_the_seed_and_never_change(storage: str) -> None:
     def make(seed: int) -> TreeLinear:
-        torch.manual_seed(seed)
+        seed_cpu(seed)
         return TreeLinear(5, 4, 4, gate="hash", storage=storage)
 
     layer, same, other = make(3), make(3), make(4)

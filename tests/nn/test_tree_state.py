@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distcond.nn import TreeLinear
 from distcond.optim import RowAdam
-from tests.trees import tokens
+from tests.trees import seed_cpu, tokens
 
 LAZY: list[dict[str, Any]] = [
     {},
@@ -27,7 +27,7 @@ LAZY: list[dict[str, Any]] = [
 
 
 def make(seed: int = 0, **options: Any) -> TreeLinear:
-    torch.manual_seed(seed)
+    seed_cpu(seed)
     return TreeLinear(5, 4, **({"depth": 4, "storage": "lazy"} | options))
 
 

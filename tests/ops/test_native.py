@@ -28,7 +28,7 @@ from distcond.ops import (
 from distcond.optim import RowAdam
 from distcond.table.key_index import SMALL, KeyIndex
 from tests.ops.test_tree_matmul import random_leaves
-from tests.trees import tokens
+from tests.trees import seed_cpu, tokens
 
 # fp32: sums of up to 600 products of size 1, in another order.
 CLOSE = {"rtol": 1e-5, "atol": 3e-5}
@@ -232,7 +232,7 @@ def test_results_repeat_bit_for_bit_and_any_number_of_threads_agrees() -> None:
 def trained(name: str, storage: str, dtype: torch.dtype = torch.float32, **options: Any) -> list[Tensor]:
     """Parameters or rows of a layer after some steps, computed by the kernels of this name, and its last outputs."""
     use_kernels(name)
-    torch.manual_seed(0)
+    seed_cpu(0)
     layer = TreeLinear(21, 18, 4, storage=storage, gate="hash", full_depth=2, rank=2, **options).to(dtype)
     optimizer = RowAdam(layer, lr=0.01, weight_decay=0.1)
     for step in range(6):

@@ -14,7 +14,7 @@ from distcond.optim.sharded import ShardedRows
 from distcond.train.table_files import load_tables, write_tables
 from tests.helpers import run_ranks
 from tests.thread_ranks import Groups
-from tests.trees import path, token_by_token, tokens
+from tests.trees import path, seed_cpu, token_by_token, tokens
 
 DEPTH, BATCH = 5, 12
 LIMITS: list[dict[str, Any]] = [
@@ -30,7 +30,7 @@ CASES = [(LIMITS[0], SHAPES[0]), (LIMITS[0], SHAPES[1]), (LIMITS[1], SHAPES[1]),
 
 
 def make(seed: int = 0, **options: Any) -> TreeLinear:
-    torch.manual_seed(seed)
+    seed_cpu(seed)
     return TreeLinear(5, 4, **({"depth": DEPTH, "storage": "lazy"} | options)).double()
 
 
@@ -278,7 +278,7 @@ def test_what_is_counted_travels_in_state_dicts_and_copies(limits: dict[str, Any
 
 def resident(steps: int, tokens_a_step: int, options: dict[str, Any]) -> tuple[int, int]:
     """Bytes by which this process has grown, with a table that was trained, and the numbers in its rows."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     process = psutil.Process()
     warm = TreeLinear(64, 64, 8, storage="lazy", gate="hash")
     warm(torch.randn(8, 64)).sum().backward()

@@ -13,7 +13,7 @@ from torch import Tensor
 from distcond.nn import TreeLinear
 from distcond.train.table_files import load_tables, write_tables
 from tests.thread_ranks import Groups
-from tests.trees import tokens
+from tests.trees import seed_cpu, tokens
 
 DEPTH, BATCH, STEPS = 6, 24, 8
 LIMITS = {"min_visits": 5, "max_nodes": 40}
@@ -28,7 +28,7 @@ CLOSE = {"rtol": 0, "atol": 1e-10}
 
 
 def make(**options: Any) -> TreeLinear:
-    torch.manual_seed(0)
+    seed_cpu(0)
     return TreeLinear(5, 4, DEPTH, storage="lazy", full_depth=3, rank=2, **options).double()
 
 

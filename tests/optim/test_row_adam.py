@@ -14,14 +14,14 @@ from distcond.nn import TreeLinear
 from distcond.optim import RowAdam
 from distcond.table import RowStore
 from tests.pairs import every_pair
-from tests.trees import nodes_of, tokens
+from tests.trees import nodes_of, seed_cpu, tokens
 
 OPTIONS: list[dict[str, Any]] = [{}, {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-2}, {"weight_decay": 0.3}, {"betas": (0.0, 0.99)}]
 SHAPES: list[dict[str, Any]] = [{}, {"bias": False}, {"full_depth": 0, "rank": 2}, {"full_depth": 1, "rank": 1, "bias": False}]
 
 
 def make_layer(depth: int = 3, seed: int = 0, **options: Any) -> TreeLinear:
-    torch.manual_seed(seed)
+    seed_cpu(seed)
     return TreeLinear(5, 4, depth, **options)
 
 
@@ -237,7 +237,7 @@ def test_zero_grad_forgets_and_a_step_without_gradient_moves_nothing(storage: st
 
 
 def test_every_tree_of_a_model_is_trained_and_nothing_else() -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Sequential(TreeLinear(5, 6, 2, storage="lazy"), nn.Linear(6, 6), TreeLinear(6, 4, 2, storage="dense"))
     before = copy.deepcopy(model)
     optimizer = RowAdam(model, lr=0.1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distcond.nn import TreeLinear
 from tests.thread_ranks import Groups
-from tests.trees import path, random_tree, tokens
+from tests.trees import path, random_tree, seed_cpu, tokens
 
 STEPS, BATCH, DEPTH, OUT = 3, 12, 4, 6
 # float64: sums over ranks in another order, 1e-16, through Adam's quotients and three steps.
@@ -63,7 +63,7 @@ def train(rank: int, groups: Groups, layer: TreeLinear, counts: list[int], shard
 
 
 def make(shape: int) -> TreeLinear:
-    torch.manual_seed(0)
+    seed_cpu(0)
     return TreeLinear(5, OUT, DEPTH, storage="lazy", **SHAPES[shape]).double()
 
 
@@ -159,7 +159,7 @@ def test_a_sharded_layer_loads_its_part_of_a_whole_table() -> None:
 
 
 def test_tables_of_different_sizes_are_refused_with_both_numbers() -> None:
-    torch.manual_seed(0)
+    seed_cpu(0)
     layers = [random_tree(3, storage="lazy"), TreeLinear(5, 4, 3, storage="lazy").double()]
     groups = Groups(2, 2)
     with pytest.raises(ValueError, match="1 to 15 full nodes"):
@@ -211,7 +211,7 @@ def test_a_step_that_is_not_applied_leaves_no_trace() -> None:
 
 def test_dense_layers_beside_the_tables_gather_nothing_from_step_to_step() -> None:
     """Their nodes are trained by another optimiser, so nobody would ever ask which ones were touched."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = nn.Sequential(TreeLinear(5, 5, 2, storage="lazy"), TreeLinear(5, 4, 2, storage="dense"))
     groups = Groups(1, 1)
 

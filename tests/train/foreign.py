@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import distcond
 from distcond.nn import AdaptiveComputation, TreeLinear
+from tests.trees import seed_cpu
 
 BATCH, WIDTH, CLIP = 16, 6, 0.5
 ADAM = {"lr": 1e-2, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
@@ -61,7 +62,7 @@ def ds_config(stage: int, accumulation: int, clip: float) -> dict[str, Any]:
 
 
 def start(stage: int, accumulation: int = 1, clip: float = CLIP, seed: int = 0, **options: Any) -> Any:
-    torch.manual_seed(seed)
+    seed_cpu(seed)
     model = Theirs()
     config = ds_config(stage, accumulation, clip)
     engine, *_ = distcond.initialize(model=model, config=config, model_parameters=model.parameters(), **options)

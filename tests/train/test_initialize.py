@@ -17,6 +17,7 @@ from distcond.optim import RowAdam
 from tests.helpers import run_ranks
 from tests.train.foreign import ADAM, BATCH, CLIP, Theirs, batch, start, train
 from tests.train.traces import MarginWatch, Trace, assert_same, buffers, join, rows_by_node
+from tests.trees import seed_cpu
 
 STEPS = 4
 TOLERANCE = 1e-6  # fp32: other orders of summation
@@ -48,7 +49,7 @@ def foreign_loops(cases: list[tuple[int, int, float]]) -> list[Trace]:
 @cache
 def plain_loop(clip: float) -> Trace:
     """The same with torch alone."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     model = Theirs()
     watch, rows = MarginWatch(model), RowAdam(model, betas=(0.9, 0.95), eps=ADAM["eps"], weight_decay=ADAM["weight_decay"])
     adam = torch.optim.AdamW(model.parameters(), **ADAM)
@@ -157,7 +158,7 @@ def test_impossible_requests_are_refused_in_one_line(tmp_path: Path) -> None:
 
 def loop_alone(folder: str) -> list[float]:
     """A script that nobody launched: no process group, no ranks; its own optimiser and a config file."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     model, file = Theirs(), Path(folder) / "ds_config.json"
     file.write_text(json.dumps({"train_batch_size": BATCH, "zero_allow_untested_optimizer": True}))
     adam = torch.optim.AdamW(model.parameters(), **ADAM)

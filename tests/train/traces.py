@@ -20,6 +20,7 @@ from distcond.nn.model import SUMS, Learner
 from distcond.optim.row_adam import add_state
 from distcond.train.learner import learner_for
 from tests.helpers import changed
+from tests.trees import seed_cpu
 
 MARGIN = 1e-5
 """Least distance of a gate from zero and of a halting sum from its threshold: a hundred times the rounding that ranks
@@ -116,7 +117,7 @@ def on_ranks(case: Case, number: int) -> Config:
 def make_learner(case: Case, task: Task) -> Learner:
     """The fresh model of a case, the same on every rank."""
     config = case.config
-    torch.manual_seed(config.seed)
+    seed_cpu(config.seed)
     learner = learner_for(config.model, task)
     if case.prepare:
         case.prepare(learner)
