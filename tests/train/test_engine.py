@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from distcond.data.batches import LocalFeeder
 from distcond.nn import TreeLinear
 from distcond.nn.model import SUMS, Learner
 from tests.helpers import run_ranks, small_config, text_config
+from tests.pairs import every_pair
 from tests.train.traces import (
     Case,
     Trace,
@@ -30,8 +32,8 @@ FEW = 2  # where the matrix has shown that updates do not drift apart
 # Single precision: sums over ranks and micro-batches are rounded in another order, 1e-7 of their size each time.
 TOLERANCE = 1e-6
 CLIP = 0.05
-# Every two of stage, accumulation and clipping meet.
-MATRIX = [(stage, times, CLIP if (stage + times) % 2 else 0.0) for stage in range(4) for times in (1, 2)]
+# Every two of ranks, stage, accumulation and clipping meet.
+MATRIX = every_pair((1, 2), range(4), (1, 2), (0.0, CLIP))
 
 
 def case(stage: int = 1, accumulation: int = 1, clip: float = CLIP, **changes: object) -> Case:
@@ -49,17 +51,20 @@ def plain(clip: float) -> Trace:
 
 
 @pytest.fixture(scope="module")
-def matrix() -> dict[int, list[Trace]]:
-    return {size: traces(size, [case(*options) for options in MATRIX]) for size in (1, 2)}
+def matrix() -> dict[tuple[Any, ...], Trace]:
+    found = {}
+    for size in (1, 2):
+        options = [options for options in MATRIX if options[0] == size]
+        found |= dict(zip(options, traces(size, [case(*rest) for _, *rest in options]), strict=True))
+    return found
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize(("stage", "accumulation", "clip"), MATRIX)
+@pytest.mark.parametrize(("world_size", "stage", "accumulation", "clip"), MATRIX)
 def test_ranks_stages_and_accumulation_equal_plain_torch(
-    matrix: dict[int, list[Trace]], world_size: int, stage: int, accumulation: int, clip: float
+    matrix: dict[tuple[Any, ...], Trace], world_size: int, stage: int, accumulation: int, clip: float
 ) -> None:
     assert min(plain(clip).norms) > CLIP, "clipping has nothing to do"
-    assert_same(matrix[world_size][MATRIX.index((stage, accumulation, clip))], plain(clip), TOLERANCE)
+    assert_same(matrix[world_size, stage, accumulation, clip], plain(clip), TOLERANCE)
 
 
 # ---- what is not shared out evenly -------------------------------------------------------------------------------------
@@ -125,21 +130,19 @@ def uneven(kind: str, stage: int, **changes: object) -> Case:
     return made
 
 
+CLASSES = {"data__name": "addition", "data__max_length": 3, "data__max_digits": 2}
+FIXED = {"model__halting__kind": "fixed", "optim__weight_decay": 0.1}
 UNEVEN = {
     **{f"{kind}, ZeRO 3": uneven(kind, 3) for kind in ("halting", "subtree", "empty rank", "ragged")},
-    **{f"{kind}, ZeRO 1": uneven(kind, 1) for kind in ("halting", "empty rank")},
+    "halting, levels scaled by their gates, ZeRO 1": uneven("halting", 1, model__tree__gate_gradient="magnitude"),
+    "empty rank, gates learn from flips, ZeRO 1": uneven("empty rank", 1, model__tree__gate_gradient="flip_sampled"),
     "halting, no tables, ZeRO 3": uneven("halting", 3, model__tree__depth=0, model__tree__full_depth=None),
     "halting, dense tree, ZeRO 0": uneven("halting", 0, model__tree__storage="dense"),
     "PonderNet halting, ZeRO 3": uneven("halting", 3, model__halting__kind="ponder"),
     "PonderNet, ragged, ZeRO 1": uneven("ragged", 1, model__halting__kind="ponder"),
-    "classes, gru, ZeRO 2": case(2, data__name="addition", data__max_length=3, data__max_digits=2, model__cell="gru"),
-    "levels scaled by their gates": case(1, model__tree__gate_gradient="magnitude"),
-    "gates learn from flips": case(1, model__tree__gate_gradient="flip_sampled"),
-    "no gate gradient, ZeRO 0": case(0, model__tree__gate_gradient="none"),
-    "no gate gradient, ZeRO 3": case(3, model__tree__gate_gradient="none"),
-    "fixed steps, weight decay": case(2, model__halting__kind="fixed", optim__weight_decay=0.1),
-    "one step, hash gates": case(1, model__halting__kind="none", model__tree__gate="hash"),
-    "dense tree": case(1, model__tree__storage="dense"),
+    "classes, gru, dense tree, ZeRO 2": case(2, **CLASSES, model__cell="gru", model__tree__storage="dense"),
+    "fixed steps, weight decay, no gate gradient, ZeRO 0": case(0, **FIXED, model__tree__gate_gradient="none"),
+    "one step, no gate gradient, ZeRO 3": case(3, model__halting__kind="none", model__tree__gate_gradient="none"),
 }
 
 
@@ -156,23 +159,22 @@ def test_uneven_ranks_agree_and_do_not_hang(uneven_pairs: dict[str, tuple[Trace,
 
 def test_uneven_cases_are_uneven(uneven_pairs: dict[str, tuple[Trace, Trace]]) -> None:
     steps = SUMS.index("ponder_steps")
-    for name in ("halting, ZeRO 1", "halting, no tables, ZeRO 3", "PonderNet halting, ZeRO 3"):
+    for name in ("halting, ZeRO 3", "halting, no tables, ZeRO 3", "PonderNet halting, ZeRO 3"):
         assert [figures[steps] for figures in uneven_pairs[name][0].figures] == [4 * 1 + 4 * 6] * FEW
     nodes = uneven_pairs["subtree, ZeRO 3"][0].rows["body.ponder.cell.linear/full/rows"].keys()
     assert nodes == {0, 2}, "the left subtree, and with it rank 0, got a token"
     positions = SUMS.index("positions")
-    assert {figures[positions] for figures in uneven_pairs["empty rank, ZeRO 1"][0].figures} == {4.0}
+    assert {figures[positions] for figures in uneven_pairs["empty rank, ZeRO 3"][0].figures} == {4.0}
 
 
 # ---- placement ---------------------------------------------------------------------------------------------------------
 
 PLACEMENTS = {
     "1 rank a copy": case(1, cluster__expert_parallel_size=1),
-    "2 ranks a copy, ZeRO 3": case(3, 2, cluster__expert_parallel_size=2),
     "4 ranks a copy": case(0, cluster__expert_parallel_size=4),
     "4 ranks a copy, sharded from level 2": case(2, cluster__shard_level=2),
     "more ranks than leaves": case(1, model__tree__depth=1, model__tree__full_depth=None),
-    "uneven halting, 2 ranks a copy": uneven("halting", 1, cluster__expert_parallel_size=2),
+    "uneven halting, 2 ranks a copy, ZeRO 3": uneven("halting", 3, cluster__expert_parallel_size=2, optim__accumulation=2),
     "one rank has all tokens": uneven("subtree", 1),
 }
 
@@ -197,10 +199,16 @@ def one_row_is_infinite(batch: Batch, step: int) -> Batch:
     return batch
 
 
-NOT_FINITE = {f"everything, ZeRO {stage}": case(stage, 2) for stage in (0, 1, 3)}
-# The state saturates and hash gates do not learn, so that only the rows get a gradient that is not finite.
-NOT_FINITE |= {f"rows alone, ZeRO {stage}": case(stage, model__tree__gate="hash") for stage in (0, 2, 3)}
-NOT_FINITE |= {"without clipping": case(1, clip=0.0), "without clipping, ZeRO 3": case(3, clip=0.0)}
+# Every two of what gets such a gradient, stage and clipping meet. With hash gates, which do not learn, and a state that
+# saturates, the rows alone get one.
+NOT_FINITE = {
+    "everything, ZeRO 0": case(0, 2),
+    "everything, ZeRO 1, without clipping": case(1, clip=0.0),
+    "everything, ZeRO 3, without clipping": case(3, 2, clip=0.0),
+    "rows alone, ZeRO 0, without clipping": case(0, clip=0.0, model__tree__gate="hash"),
+    "rows alone, ZeRO 2": case(2, model__tree__gate="hash"),
+    "rows alone, ZeRO 3": case(3, model__tree__gate="hash"),
+}
 NOT_FINITE = {name: Case(made.config, one_row_is_infinite) for name, made in NOT_FINITE.items()}
 
 
@@ -229,8 +237,8 @@ def test_ranks_do_not_change_a_transformer_on_text(tmp_path: Path) -> None:
 
 def test_bf16_is_close_to_fp32_and_keeps_rows_in_fp32() -> None:
     nll, reference = SUMS.index("nll"), plain(CLIP)
-    for trace in traces(2, [case(stage, optim__precision="bf16") for stage in (1, 2, 3)]):
-        for mine, theirs in zip(trace.figures, reference.figures, strict=True):
+    for trace in traces(2, [case(stage, optim__precision="bf16") for stage in (1, 2, 3)], FEW):
+        for mine, theirs in zip(trace.figures, reference.figures[:FEW], strict=True):
             assert mine[nll] == pytest.approx(theirs[nll], rel=2**-8)  # bf16 keeps eight bits of every number
         kinds = {part: {row.dtype for row in rows.values()} for part, rows in trace.rows.items()}
         assert all(kinds[part] == {torch.float32} for part in kinds if part.endswith(("rows", "exp_avg", "exp_avg_sq")))
