@@ -2,25 +2,37 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from distcond.compose import save_config
 from distcond.config import Config
 from distcond.errors import RunError
-from distcond.evaluate import evaluate
 from distcond.train.fits import cost_of
 from tests.helpers import run_ranks, small_config, train_here
+
+
+def evaluate(run: Path, step: int | None = None) -> dict[str, Any]:
+    # NOTE: imported here, because only the process that runs this file needs DeepSpeed.
+    from distcond.evaluate import evaluate
+
+    return evaluate(run, step)
+
+
+@pytest.fixture(scope="module")
+def last_result(text_run: Config) -> dict[str, Any]:
+    return evaluate(path_of(text_run))
 
 
 def path_of(config: Config) -> Path:
     return Path(config.run.dir) / config.run.name
 
 
-def test_evaluation_equals_the_last_validation_of_the_run(text_run: Config) -> None:
+def test_evaluation_equals_the_last_validation_of_the_run(text_run: Config, last_result: dict[str, Any]) -> None:
     rows = [json.loads(line) for line in (path_of(text_run) / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if "val/bpb" in row][-1]
-    result = evaluate(path_of(text_run))
+    result = last_result
     assert result["step"] == last["step"] == 12
     for name in ("val/bpb", "val/element_error", "val/ponder/steps", "val/ponder/cost", "val/ponder/remainder"):
         assert result[name] == pytest.approx(last[name], rel=1e-6), name  # fp32, summed over other batches
@@ -29,8 +41,8 @@ def test_evaluation_equals_the_last_validation_of_the_run(text_run: Config) -> N
     assert json.loads((path_of(text_run) / "eval/step_00000012.json").read_text()) == result
 
 
-def test_steps_and_bits_by_place_add_up_to_those_of_the_run(text_run: Config) -> None:
-    result = evaluate(path_of(text_run))
+def test_steps_and_bits_by_place_add_up_to_those_of_the_run(last_result: dict[str, Any]) -> None:
+    result = last_result
     share = {name.split("/")[1]: value / 100 for name, value in result.items() if name.endswith("/pct")}
     assert sum(share.values()) == pytest.approx(1) and {"word_start", "inside_a_word", "space", "line_start"} <= set(share)
     for name, whole in (("steps", result["val/ponder/steps"]), ("bits", result["val/bpb"])):
@@ -49,10 +61,10 @@ def test_steps_of_a_task_are_told_apart_by_its_measure(tmp_path: Path) -> None:
     assert min(by_gates.values()) <= result["val/ponder/steps"] <= max(by_gates.values())
 
 
-def test_earlier_checkpoint_can_be_chosen(text_run: Config) -> None:
+def test_earlier_checkpoint_can_be_chosen(text_run: Config, last_result: dict[str, Any]) -> None:
     result = evaluate(path_of(text_run), step=6)
     assert result["step"] == 6
-    assert result["val/bpb"] > evaluate(path_of(text_run))["val/bpb"]
+    assert result["val/bpb"] > last_result["val/bpb"]
     assert (path_of(text_run) / "eval/step_00000006.json").exists()
 
 

@@ -11,17 +11,23 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from rich.console import Console
 
 from distcond.cluster import sweep_report
 from distcond.cluster.policy import Room
 from distcond.cluster.sweep import grace_steps, name_sweep, num_at_once, plan, trial_name, validation_interval
 from distcond.cluster.sweep_report import Memory, Outcome, Status, Trial
-from distcond.cluster.tuning import make_scheduler
 from distcond.compose import compose, load_config, save_config
 from distcond.config import ClusterConfig, Config, SweepConfig, TrainConfig
 from distcond.errors import ConfigError
+
+
+def make_scheduler(config: Config) -> Any:
+    # NOTE: imported here, because only the process that runs this file needs Tune.
+    from distcond.cluster.tuning import make_scheduler
+
+    return make_scheduler(config, grace_steps(config))
+
 
 TINY = ["model=rnn", "data=parity", "model.width=8", "data.num_bits=4", "data.global_batch_size=8"]
 
@@ -93,10 +99,12 @@ def test_names_are_folder_names() -> None:
     [(50, 100, 13, 13), (1000, 100, 250, 250), (1000, 50, 250, 50), (1, 100, 1, 1), (400, 100, 100, 100)],
 )
 def test_a_validation_falls_on_every_rung(max_steps: int, eval_every: int, grace: int, interval: int) -> None:
+    from ray.tune.schedulers import ASHAScheduler
+
     config = Config(train=TrainConfig(max_steps=max_steps, eval_every=eval_every))
     assert grace_steps(config) == grace
     assert validation_interval(config) == interval
-    scheduler = make_scheduler(config, grace_steps(config))
+    scheduler = make_scheduler(config)
     if isinstance(scheduler, ASHAScheduler):
         milestones = [milestone for milestone, _ in scheduler._brackets[0]._rungs]
         assert milestones[-1] == grace
@@ -105,11 +113,11 @@ def test_a_validation_falls_on_every_rung(max_steps: int, eval_every: int, grace
 
 def test_asha_stops_the_worse_at_a_rung_and_nobody_at_the_last_step() -> None:
     config = Config(train=TrainConfig(max_steps=40), sweep=SweepConfig(asha_grace=0.25))
-    bracket = make_scheduler(config, grace_steps(config))._brackets[0]
+    bracket = make_scheduler(config)._brackets[0]
     good, bad = (_FakeTrial(name) for name in ("good", "bad"))
     assert bracket.on_result(good, 10, -1.0) == "CONTINUE"
     assert bracket.on_result(bad, 10, -2.0) == "STOP"
-    scheduler = make_scheduler(config, grace_steps(config))
+    scheduler = make_scheduler(config)
     for trial, error in ((good, 1.0), (bad, 2.0)):
         scheduler.on_trial_add(None, trial)
         for step in (10, 20, 30, 40):
@@ -124,8 +132,10 @@ class _FakeTrial:
 
 
 def test_without_steps_to_save_nobody_is_stopped_early() -> None:
+    from ray.tune.schedulers import FIFOScheduler
+
     for config in (Config(sweep=SweepConfig(asha_grace=1.0)), Config(train=TrainConfig(max_steps=1))):
-        assert isinstance(make_scheduler(config, grace_steps(config)), FIFOScheduler)
+        assert isinstance(make_scheduler(config), FIFOScheduler)
 
 
 @pytest.mark.parametrize(

@@ -114,13 +114,16 @@ def test_resumed_run_is_the_uninterrupted_one(resumed: dict[str, Path], name: st
     assert moved == ("cluster__rebalance_every" in RESUMED[name][1])
 
 
-def load_here(config: Config) -> tuple[dict[str, dict[int, Tensor]], dict[str, Tensor]]:
-    """What a run holds after it has read its checkpoint, before any step: rows, and the dense part of rank 0."""
+def load_here(configs: list[Config]) -> list[tuple[dict[str, dict[int, Tensor]], dict[str, Tensor]]]:
+    """What each run holds after it has read its checkpoint, before any step: rows, and the dense part of rank 0."""
     from distcond.train.state import start_run
 
-    feeder = LocalFeeder(config, dist.get_rank(), config.cluster.num_workers)
-    run = start_run(config, folder_of(config), feeder, feeder.task)
-    return rows_by_node(run.learner), run.engine.dense_state()
+    found = []
+    for config in configs:
+        feeder = LocalFeeder(config, dist.get_rank(), config.cluster.num_workers)
+        run = start_run(config, folder_of(config), feeder, feeder.task)
+        found.append((rows_by_node(run.learner), run.engine.dense_state()))
+    return found
 
 
 def rows_in_files(checkpoint: Path) -> dict[str, dict[int, Tensor]]:
@@ -145,13 +148,14 @@ PLACES = {
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """An uninterrupted run of 6 steps of a forest on 2 ranks with checkpoints of every second step."""
+    """An uninterrupted run of 5 steps of a forest on 2 ranks, with checkpoints of the last 4."""
     constant = {
         **OPTIONS,
         "model__tree__num_trees": 2,
         "optim__schedule": "constant",
-        "train__max_steps": 6,
+        "train__max_steps": 5,
         "train__eval_every": 2,
+        "checkpoint__every": 1,
         "checkpoint__keep_last": 4,
     }
     config = small_config(tmp_path_factory.mktemp("runs"), **constant)
@@ -170,14 +174,23 @@ def branch(config: Config, step: int, to: Path) -> Config:
     return changed(config, run__dir=str(to), train__max_steps=step)
 
 
+@pytest.fixture(scope="module")
+def moved(straight: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What each rank of every place has read from the checkpoint of step 3."""
+    config, found = branch(straight, 3, tmp_path_factory.mktemp("moved")), {}
+    for size in (1, 2, 4):
+        places = [place for place, changes in PLACES.items() if changes["cluster__num_workers"] == size]
+        ranks = run_ranks(load_here, size, [changed(config, **PLACES[place]) for place in places])
+        found |= {place: list(held) for place, held in zip(places, zip(*ranks, strict=True), strict=True)}
+    return found
+
+
 @pytest.mark.parametrize("place", PLACES)
-def test_checkpoint_moves_between_ranks_stages_and_placements(straight: Config, tmp_path: Path, place: str) -> None:
-    moved = changed(branch(straight, 4, tmp_path), **PLACES[place])
-    checkpoint = tmp_path / "run/checkpoints/step_00000004"
+def test_checkpoint_moves_between_ranks_stages_and_placements(straight: Config, moved: dict[str, list[Any]], place: str) -> None:
+    checkpoint = Path(straight.run.dir) / "run/checkpoints/step_00000003"
     saved_rows, saved_dense = rows_in_files(checkpoint), load_file(checkpoint / "dense.safetensors")
-    ranks = run_ranks(load_here, moved.cluster.num_workers, moved)
     held: dict[str, dict[int, Tensor]] = {}
-    for rows, dense in ranks:
+    for rows, dense in moved[place]:
         assert all(torch.equal(value, saved_dense[name]) for name, value in dense.items())
         for part, nodes in rows.items():
             for node, row in nodes.items():
@@ -189,7 +202,7 @@ def test_checkpoint_moves_between_ranks_stages_and_placements(straight: Config, 
 def test_run_goes_on_from_2_ranks_to_1_to_4(straight: Config, tmp_path: Path) -> None:
     moved = branch(straight, 2, tmp_path)
     train_run(changed(moved, train__max_steps=4, **PLACES["1 rank, ZeRO 3"]))
-    train_run(changed(moved, train__max_steps=6, **PLACES["4 ranks, ZeRO 2, two copies"]))
+    train_run(changed(moved, train__max_steps=5, **PLACES["4 ranks, ZeRO 2, two copies"]))
     expected, found = metric_rows(Path(straight.run.dir) / "run"), metric_rows(tmp_path / "run")
     assert [row["step"] for row in found] == [row["step"] for row in expected]
     for row, other in zip(found, expected, strict=True):
@@ -236,8 +249,8 @@ def test_harmed_checkpoint_is_refused_with_the_name_of_the_file(
 ) -> None:
     checkpoints = tmp_path / "checkpoints"
     shutil.copytree(Path(straight.run.dir) / "run/checkpoints", checkpoints)
-    assert latest_checkpoint(checkpoints) == checkpoints / "step_00000006"
-    harmed = harm(checkpoints / "step_00000006")
+    assert latest_checkpoint(checkpoints) == checkpoints / "step_00000005"
+    harmed = harm(checkpoints / "step_00000005")
     with pytest.raises(RunError) as refused:
         latest_checkpoint(checkpoints)
     assert str(harmed) in str(refused.value) and "\n" not in str(refused.value)
@@ -245,7 +258,7 @@ def test_harmed_checkpoint_is_refused_with_the_name_of_the_file(
 
 
 def test_checkpoint_of_another_format_is_refused(straight: Config, tmp_path: Path) -> None:
-    checkpoint = shutil.copytree(Path(straight.run.dir) / "run/checkpoints/step_00000006", tmp_path / "step")
+    checkpoint = shutil.copytree(Path(straight.run.dir) / "run/checkpoints/step_00000005", tmp_path / "step")
     state = json.loads((checkpoint / "state.json").read_text())
     (checkpoint / "state.json").write_text(json.dumps({**state, "format_version": 99}))
     with pytest.raises(RunError, match="has format 99; this version reads 1"):
@@ -306,7 +319,6 @@ def test_latest_never_names_an_incomplete_checkpoint(straight: Config, tmp_path:
     assert kept == ["latest", "step_00000005"]  # nothing half-written stays
 
 
-def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
-    train_run(small_config(tmp_path, cluster__num_workers=1, checkpoint__every=1, checkpoint__keep_last=2))
-    kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
-    assert kept == ["latest", "step_00000003", "step_00000004"]
+def test_only_the_last_checkpoints_are_kept(straight: Config) -> None:
+    kept = sorted(path.name for path in (Path(straight.run.dir) / "run/checkpoints").iterdir())
+    assert kept == ["latest", *(f"step_0000000{step}" for step in (2, 3, 4, 5))]

@@ -19,7 +19,7 @@ from tests.train.foreign import ADAM, BATCH, CLIP, Theirs, batch, start, train
 from tests.train.traces import MarginWatch, Trace, assert_same, buffers, join, rows_by_node
 from tests.trees import seed_cpu
 
-STEPS = 4
+STEPS = 3
 TOLERANCE = 1e-6  # fp32: other orders of summation
 
 
@@ -75,12 +75,16 @@ def plain_loop(clip: float) -> Trace:
     return Trace([[loss] for loss in losses], [norm], [True], dense_part, rows_by_node(model), watch.margin)
 
 
-CASES = [(0, 2, 0.0), (1, 1, CLIP), (2, 2, CLIP), (3, 1, 0.0)]  # tests/train/test_engine.py crosses each two of them
+CASES = {  # tests/train/test_engine.py crosses each two of stage, accumulation and clipping
+    1: [(0, 1, CLIP), (3, 2, 0.0)],
+    2: [(0, 2, 0.0), (1, 1, CLIP), (2, 2, CLIP), (3, 1, 0.0)],
+}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_foreign_loop_does_not_depend_on_ranks(world_size: int) -> None:
-    for case, ranks in zip(CASES, zip(*run_ranks(foreign_loops, world_size, CASES), strict=True), strict=True):
+    cases = CASES[world_size]
+    for case, ranks in zip(cases, zip(*run_ranks(foreign_loops, world_size, cases), strict=True), strict=True):
         assert_same(join(list(ranks)), plain_loop(case[2]), TOLERANCE)
 
 

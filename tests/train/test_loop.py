@@ -121,12 +121,6 @@ def test_finished_run_is_left_as_it_is(text_run: Config) -> None:
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
-def test_validations_fall_on_their_interval_and_the_last_step(tmp_path: Path) -> None:
-    config = small_config(tmp_path, cluster__num_workers=1, train__eval_every=3)
-    train_run(config)
-    assert [row["step"] for row in rows_of(config) if "val/nll" in row] == [3, 4]
-
-
 @pytest.mark.parametrize(("num_workers", "accumulation"), [(1, 1), (2, 2)])
 def test_the_budget_sees_the_steps_and_the_loss_of_the_whole_batch_once_an_update(
     tmp_path: Path, num_workers: int, accumulation: int
