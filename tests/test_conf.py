@@ -98,7 +98,7 @@ def test_every_trial_of_a_grid_is_a_valid_run(name: str) -> None:
 
 @pytest.mark.parametrize("depth", [0, 1, 12])
 def test_the_default_model_takes_any_depth(depth: int) -> None:
-    assert compose([f"model.tree.depth={depth}"]).model.tree.depth == depth
+    assert override(composed(), {"model.tree.depth": depth}).model.tree.depth == depth
 
 
 def test_the_control_has_neither_tree_nor_halting() -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
@@ -45,16 +46,21 @@ def test_the_wheel_holds_every_resource(wheel: Path, resource: str) -> None:
     assert {f"distcond/{file.relative_to(ROOT).as_posix()}" for file in files} <= set(zipfile.ZipFile(wheel).namelist())
 
 
-def test_the_installed_command_composes_from_any_folder(installed: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def default() -> dict[str, Any]:
+    return to_dict(compose([]))
+
+
+def test_the_installed_command_composes_from_any_folder(installed: Path, default: dict[str, Any], tmp_path: Path) -> None:
     shown = run(installed / "bin" / "distcond", "train", "--cfg", "job", cwd=tmp_path, PYTHONPATH=str(installed))
-    assert yaml.safe_load(shown) == to_dict(compose([]))
+    assert yaml.safe_load(shown) == default
     assert not list(tmp_path.iterdir())
 
 
-def test_the_installed_package_composes_inside_the_checkout(installed: Path) -> None:
+def test_the_installed_package_composes_inside_the_checkout(installed: Path, default: dict[str, Any]) -> None:
     where = "import distcond.resources as r, distcond.compose as c; c.compose([]); print(r.resource_dir('conf'))"
     assert run(sys.executable, "-P", "-c", where, cwd=ROOT, PYTHONPATH=str(installed)).strip() == str(
         installed / "distcond" / "conf"
     )
     shown = run(sys.executable, "-m", "distcond", "train", "--cfg", "job", cwd=ROOT, PYTHONPATH=str(installed))
-    assert yaml.safe_load(shown) == to_dict(compose([]))
+    assert yaml.safe_load(shown) == default
