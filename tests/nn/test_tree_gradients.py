@@ -28,7 +28,7 @@ def test_gradients_of_input_and_nodes_are_finite_differences(depth: int, options
     if "full_depth" in options:
         options = options | {"full_depth": min(options["full_depth"], depth)}
     layer = random_tree(depth, sizes=(3, 2), gate_gradient="none", **options).eval()
-    x = tokens(6, 3).requires_grad_()
+    x = tokens(4, 3).requires_grad_()
     assert_margin(layer, x, 1e-3)  # gradcheck moves by 1e-6
     nodes = {name: value for name, value in layer.named_parameters() if not name.startswith("gate.") and value.numel()}
 
@@ -100,7 +100,7 @@ def test_all_gradients_of_magnitude_are_finite_differences(options: dict[str, An
     if "full_depth" in options:
         options = options | {"full_depth": min(options["full_depth"], depth)}
     layer = random_tree(depth, sizes=(3, 2), gate=gate, gate_gradient="magnitude", **options).eval()
-    x = tokens(6, 3).requires_grad_()
+    x = tokens(4, 3).requires_grad_()
     assert_margin(layer, x, 1e-3)  # gradcheck moves by 1e-6
     values = {name: value for name, value in layer.named_parameters() if value.numel()}
     assert ("gate.weight" in values) == (gate == "linear")
