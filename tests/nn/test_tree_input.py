@@ -88,9 +88,9 @@ def test_another_last_dimension_is_refused_by_all_that_take_inputs(shape: tuple[
         assert str(refused.value) == f"input of shape {shape}: its last dimension must be in_features=5"
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("gate", ["linear", "hash", "sign"])
-@pytest.mark.parametrize("storage", ["dense", "lazy"])
+@pytest.mark.parametrize(
+    ("bad", "gate", "storage"), every_pair([math.nan, math.inf, -math.inf], ["linear", "hash", "sign"], ["dense", "lazy"])
+)
 def test_rows_without_a_leaf_are_counted_in_every_pass_and_once(storage: str, gate: str, bad: float) -> None:
     layer = random_tree(3, storage=storage, gate=gate)
     x = tokens(10)

@@ -19,6 +19,7 @@ from distcond.ops import (
 )
 from tests.ops.test_native import SIZES, compiled, exactly, make, needs_gcc
 from tests.ops.test_tree_matmul import random_leaves
+from tests.pairs import every_pair
 from tests.trees import random_tree, tokens
 
 # fp32: a sum of up to 600 x 20 products whose parts, of size 30, cancel.
@@ -49,9 +50,7 @@ def flip_of(path: TreePath, rows: list[Tensor], level: int, full: int) -> Flip:
 
 @needs_gcc
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("missing", [0.0, 0.5])
-@pytest.mark.parametrize("size", [size for size in SIZES if size[0] > 0])
+@pytest.mark.parametrize(("size", "missing", "threads"), every_pair([size for size in SIZES if size[0] > 0], [0.0, 0.5], [1, 3]))
 def test_flips_are_differences_of_two_products(size: tuple[Any, ...], missing: float, threads: int) -> None:
     x, grad, path, rows, nodes = make(size, missing, bias=missing == 0)
     schedule, exact = exactly(size, nodes, path)
@@ -76,13 +75,14 @@ def test_flips_are_differences_of_two_products(size: tuple[Any, ...], missing: f
     assert not through[:, [level - 1 for level in range(1, size[0] + 1) if level not in levels]].any()
 
 
+SHAPES: list[dict[str, Any]] = [{}, {"bias": False}, {"full_depth": 0, "rank": 2}, {"full_depth": 2, "rank": 1, "num_trees": 3}]
+
+
 @needs_gcc
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("count", [7, 300])
-@pytest.mark.parametrize("storage", ["dense", "lazy"])
-@pytest.mark.parametrize("gate_gradient", ["flip", "flip_sampled"])
 @pytest.mark.parametrize(
-    "options", [{}, {"bias": False}, {"full_depth": 0, "rank": 2}, {"full_depth": 2, "rank": 1, "num_trees": 3}]
+    ("options", "gate_gradient", "storage", "count"),
+    every_pair(SHAPES, ["flip", "flip_sampled"], ["dense", "lazy"], [7, 300]),
 )
 def test_a_layer_learns_from_flips_as_with_torch(
     options: dict[str, Any], gate_gradient: str, storage: str, count: int, monkeypatch: pytest.MonkeyPatch

@@ -28,6 +28,7 @@ from distcond.ops import (
 from distcond.optim import RowAdam
 from distcond.table.key_index import SMALL, KeyIndex
 from tests.ops.test_tree_matmul import random_leaves
+from tests.pairs import every_pair
 from tests.trees import seed_cpu, tokens
 
 # fp32: sums of up to 600 products of size 1, in another order.
@@ -158,9 +159,7 @@ def exactly(size: tuple[Any, ...], nodes: NodeTensors, path: TreePath) -> tuple[
 
 @needs_gcc
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("missing", [0.0, 0.5])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "bias", "missing"), every_pair(SIZES, [True, False], [0.0, 0.5]))
 def test_forward_is_that_of_torch(size: tuple[Any, ...], bias: bool, missing: float) -> None:
     x, _, path, rows, nodes = make(size, missing, bias)
     schedule, exact = exactly(size, nodes, path)
