@@ -12,6 +12,7 @@ from distcond.nn.cells import CELLS
 from distcond.nn.linear import TreeOptions
 from distcond.nn.recurrent import Recurrent
 from distcond.ops import native_recurrent, use_kernels
+from tests.trees import seed_cpu
 
 NEAR = {"rtol": 2e-5, "atol": 2e-5}  # fp32: sums over at most 130 units, 4 time steps and 6 ponder steps, of numbers of size 1
 LENGTHS = torch.tensor([4, 1, 3, 0, 4, 4, 2, 3, 4])
@@ -28,7 +29,7 @@ def compiled() -> Iterator[None]:
 
 def build(cell: str, kind: str, width: int) -> Recurrent:
     """A model whose rows halt after different numbers of steps."""
-    torch.manual_seed(0)
+    seed_cpu(0)
     kinds = CELLS[cell]
     made = kinds(5 + 1, width, TreeOptions())
     ponder = AdaptiveComputation(made, width, 6, halting_bias=-1.0) if kind == "act" else FixedComputation(made, 3)
