@@ -14,8 +14,9 @@ from distcond.config import Config, HaltingKind
 from distcond.data.batches import LocalFeeder, num_validation_batches
 from distcond.data.generated import GeneratedTask
 from distcond.data.places import PLACES, places_of
-from distcond.errors import RunError
+from distcond.errors import ConfigError, RunError
 from distcond.nn.model import SUMS, Learner
+from distcond.ops import kernels, use_kernels
 from distcond.train.checkpoint import latest_checkpoint, read_dense, read_state, verified
 from distcond.train.fits import cost_of
 from distcond.train.learner import learner_for
@@ -42,6 +43,7 @@ def evaluate(run: Path, step: int | None = None) -> dict[str, Any]:
     config = load_config(folder.config_file)
     checkpoint = _checkpoint(folder, step)
     feeder = LocalFeeder(config, rank=0, world_size=1)
+    _choose_kernels(config)
     learner = load_learner(checkpoint, config, feeder)
     sums = _validation_sums(learner, config, feeder)
     steps = ponder(sums, "val/ponder")
@@ -51,12 +53,21 @@ def evaluate(run: Path, step: int | None = None) -> dict[str, Any]:
         **steps,
         "macs_per_position": cost_of(config).macs(steps["val/ponder/steps"]),
         "latency_ms": _latency_ms(learner, feeder),
+        "kernels": kernels(),
     }
     if config.model.halting.kind != HaltingKind.none:
         result |= _by_place(learner, config, feeder) if learner.is_text else _by_measure(learner, config, feeder)
     (folder.path / "eval").mkdir(exist_ok=True)
     write_json(folder.path / "eval" / f"step_{result['step']:08d}.json", result)
     return result
+
+
+def _choose_kernels(config: Config) -> None:
+    """Those of the run, or torch's where this machine cannot compile them: figures are the same then, latency is not."""
+    try:
+        use_kernels(config.cluster.kernels.value)
+    except ConfigError:
+        use_kernels("torch")
 
 
 def load_learner(checkpoint: Path, config: Config, feeder: LocalFeeder) -> Learner:

@@ -1,6 +1,7 @@
 """`distcond evaluate RUN`: a checkpoint measured in one process gives what its run measured."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 from distcond.compose import save_config
 from distcond.config import Config
 from distcond.errors import RunError
+from distcond.ops import kernels, native
 from distcond.train.fits import cost_of
-from tests.helpers import run_ranks, small_config, train_here
+from tests.helpers import changed, run_ranks, small_config, train_here
 
 
 def evaluate(run: Path, step: int | None = None) -> dict[str, Any]:
@@ -50,12 +52,16 @@ def test_steps_and_bits_by_place_add_up_to_those_of_the_run(last_result: dict[st
     assert len({result[f"val/{place}/bits"] for place in share}) == len(share)
 
 
-def test_steps_of_a_task_are_told_apart_by_its_measure(tmp_path: Path) -> None:
+def test_a_task_is_evaluated_by_its_measure_and_the_kernels_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"data__name": "logic", "data__max_length": 3, "data__max_gates": 2, "model__tree__depth": 0}
     config = small_config(tmp_path, **options, model__tree__full_depth=None, model__halting__halting_bias=-1.0)
     run_ranks(train_here, 1, config)
-    save_config(config, path_of(config) / "config.yaml")
+    save_config(changed(config, cluster__kernels="native"), path_of(config) / "config.yaml")
     result = evaluate(path_of(config))
+    assert result["kernels"] == kernels() == ("native" if shutil.which("gcc") else "torch")
+    monkeypatch.setenv("PATH", "")
+    native.library.cache_clear()
+    assert evaluate(path_of(config))["kernels"] == kernels() == "torch"
     by_gates = {name: value for name, value in result.items() if name.startswith("val/gates")}
     assert set(by_gates) == {"val/gates_01/steps", "val/gates_02/steps"}
     assert min(by_gates.values()) <= result["val/ponder/steps"] <= max(by_gates.values())
