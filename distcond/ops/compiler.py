@@ -7,7 +7,10 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from distcond.errors import ConfigError
 
@@ -20,9 +23,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distcond" / "kernels"
 
 
-def load_compiled(source: Path) -> ctypes.CDLL:
+def load_compiled(source: Path, signatures: Mapping[str, tuple[Any, Sequence[Any]]] = MappingProxyType({})) -> ctypes.CDLL:
     """The library made of a C file and the headers beside it, compiled if this machine has not done so yet.
 
+    signatures: result and arguments of what it calls distcond_..., as ctypes.
     Raises ConfigError where there is no GCC, or where it fails.
     """
     compiler = shutil.which("gcc")
@@ -31,7 +35,11 @@ def load_compiled(source: Path) -> ctypes.CDLL:
     library = cache_folder() / f"{source.stem}-{_fingerprint(source, compiler)}.so"
     if not library.exists():
         _compile(compiler, source, library)
-    return ctypes.CDLL(str(library))
+    loaded = ctypes.CDLL(str(library))
+    for name, (result, arguments) in signatures.items():
+        function = getattr(loaded, f"distcond_{name}")
+        function.restype, function.argtypes = result, arguments
+    return loaded
 
 
 def _fingerprint(source: Path, compiler: str) -> str:

@@ -91,11 +91,7 @@ _SIGNATURES = {
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled kernels. Raises ConfigError where they cannot be compiled."""
-    loaded = load_compiled(Path(__file__).parent / "csrc" / "tree.c")
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(loaded, f"distcond_{name}")
-        function.restype, function.argtypes = result, arguments
-    return loaded
+    return load_compiled(Path(__file__).parent / "csrc" / "tree.c", _SIGNATURES)
 
 
 def serves(x_TQ: Tensor, nodes: NodeTensors) -> bool:

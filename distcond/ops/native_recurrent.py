@@ -37,17 +37,17 @@ class _Gradients(ctypes.Structure):
     _fields_ = tuple((name, c_void_p) for name in ("outputs", "remainder", "given", "weight", "halting"))
 
 
+_SIGNATURES = {
+    "recurrent_forward": (c_void_p, (POINTER(_Net), c_int)),
+    "recurrent_backward": (None, (POINTER(_Net), c_void_p, POINTER(_Gradients))),
+    "tape_free": (None, (c_void_p,)),
+}
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled loop. Raises ConfigError where it cannot be compiled."""
-    loaded = load_compiled(Path(__file__).parent / "csrc" / "recurrent.c")
-    loaded.distcond_recurrent_forward.restype = c_void_p
-    loaded.distcond_recurrent_forward.argtypes = (POINTER(_Net), c_int)
-    loaded.distcond_recurrent_backward.restype = None
-    loaded.distcond_recurrent_backward.argtypes = (POINTER(_Net), c_void_p, POINTER(_Gradients))
-    loaded.distcond_tape_free.restype = None
-    loaded.distcond_tape_free.argtypes = (c_void_p,)
-    return loaded
+    return load_compiled(Path(__file__).parent / "csrc" / "recurrent.c", _SIGNATURES)
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
