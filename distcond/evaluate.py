@@ -1,9 +1,11 @@
 """`distcond evaluate RUN`: a checkpoint measured in this process, without Ray or DeepSpeed."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -11,10 +13,14 @@ from torch.nn.functional import cross_entropy
 from distcond.bench.timing import time_in_turn
 from distcond.compose import load_config
 from distcond.config import Config, HaltingKind
+from distcond.data.batch import Batch
 from distcond.data.batches import LocalFeeder, num_validation_batches
 from distcond.data.generated import GeneratedTask
 from distcond.data.places import PLACES, places_of
+from distcond.data.tasks import Task
+from distcond.data.windows import ByteTask
 from distcond.errors import ConfigError, RunError
+from distcond.nn.halting import PonderStats
 from distcond.nn.model import SUMS, Learner
 from distcond.ops import kernels, use_kernels
 from distcond.train.checkpoint import latest_checkpoint, read_dense, read_state, verified
@@ -45,7 +51,7 @@ def evaluate(run: Path, step: int | None = None) -> dict[str, Any]:
     feeder = LocalFeeder(config, rank=0, world_size=1)
     _choose_kernels(config)
     learner = load_learner(checkpoint, config, feeder)
-    sums = _validation_sums(learner, config, feeder)
+    sums, by_group = _validate(learner, config, feeder)
     steps = ponder(sums, "val/ponder")
     result = {
         "step": read_state(checkpoint)["step"],
@@ -54,9 +60,8 @@ def evaluate(run: Path, step: int | None = None) -> dict[str, Any]:
         "macs_per_position": cost_of(config).macs(steps["val/ponder/steps"]),
         "latency_ms": _latency_ms(learner, feeder),
         "kernels": kernels(),
+        **by_group,
     }
-    if config.model.halting.kind != HaltingKind.none:
-        result |= _by_place(learner, config, feeder) if learner.is_text else _by_measure(learner, config, feeder)
     (folder.path / "eval").mkdir(exist_ok=True)
     write_json(folder.path / "eval" / f"step_{result['step']:08d}.json", result)
     return result
@@ -96,54 +101,41 @@ def _checkpoint(folder: RunFolder, step: int | None) -> Path:
 
 
 @torch.no_grad()
-def _validation_sums(learner: Learner, config: Config, feeder: LocalFeeder) -> Tensor:
+def _validate(learner: Learner, config: Config, feeder: LocalFeeder) -> tuple[Tensor, dict[str, float]]:
+    """The sums of the validation set; under halting also its figures by group: mean steps, of bytes share (%) and bits too."""
     total = torch.zeros(len(SUMS), dtype=torch.float64)
+    names, group_of = _groups(feeder.task) if config.model.halting.kind != HaltingKind.none else ([], None)
+    counts, steps, bits = by_group = torch.zeros(3, len(names), dtype=torch.float64)
+    outputs: list[tuple[Tensor, PonderStats]] = []
+    hook = learner.body.register_forward_hook(lambda module, given, output: outputs.append(output))
     for index in range(num_validation_batches(config, 1)):
-        _, sums = learner(*tensors(feeder.validation(index), torch.device("cpu")))
-        total += sums
-    return total
+        batch = feeder.validation(index)
+        inputs, targets, lengths = tensors(batch, torch.device("cpu"))
+        total += learner(inputs, targets, lengths)[1]
+        logits, stats = outputs.pop()
+        if group_of is not None:
+            valid = (torch.arange(inputs.shape[1]) < lengths[:, None]).flatten()
+            figures = torch.stack([torch.ones_like(stats.remainder), stats.steps, torch.zeros_like(stats.remainder)]).double()
+            if learner.is_text:
+                figures[2] = cross_entropy(logits.flatten(0, 1).float(), targets.flatten().long(), reduction="none") / math.log(2)
+            by_group.index_add_(1, torch.from_numpy(group_of(batch)).flatten()[valid], figures[:, valid])
+    hook.remove()
+    means = {"pct": 100 * counts / counts.sum(), "steps": steps / counts, "bits": bits / counts}
+    kinds = means if learner.is_text else ["steps"]
+    groups = [number for number in range(len(names)) if counts[number]]
+    return total, {f"val/{names[number]}/{kind}": float(means[kind][number]) for number in groups for kind in kinds}
 
 
-@torch.no_grad()
-def _by_place(learner: Learner, config: Config, feeder: LocalFeeder) -> dict[str, float]:
-    """Share of the bytes (%), mean executed steps and bits a byte by place; what there is none of is left out."""
-    totals = torch.zeros(3, len(PLACES), dtype=torch.float64)
-    for index in range(num_validation_batches(config, 1)):
-        inputs, targets, lengths = tensors(feeder.validation(index), torch.device("cpu"))
-        place = torch.from_numpy(places_of(torch.cat([inputs[:, :1], targets], dim=1).numpy())).flatten()
-        logits, stats = learner.body(inputs, lengths)
-        nats = cross_entropy(logits.flatten(0, 1).float(), targets.flatten().long(), reduction="none")
-        valid = (torch.arange(targets.shape[1]) < lengths[:, None]).flatten()
-        for total, figure in zip(totals, (torch.ones_like(nats), stats.steps, nats / math.log(2)), strict=True):
-            total.index_add_(0, place[valid], figure[valid].double())
-    count = totals[0].clamp(min=1)
-    figures = {"pct": 100 * totals[0] / totals[0].sum(), "steps": totals[1] / count, "bits": totals[2] / count}
-    return {
-        f"val/{place.replace(' ', '_')}/{name}": float(values[number])
-        for number, place in enumerate(PLACES)
-        for name, values in figures.items()
-        if totals[0, number]
-    }
-
-
-@torch.no_grad()
-def _by_measure(learner: Learner, config: Config, feeder: LocalFeeder) -> dict[str, float]:
-    """Mean executed steps of the elements that have so many gates, digits or set bits."""
-    task = feeder.task
-    if not isinstance(task, GeneratedTask) or not task.measure:
-        return {}
-    parts = []
-    for index in range(num_validation_batches(config, 1)):
-        inputs, _, lengths = tensors(feeder.validation(index), torch.device("cpu"))
-        valid_BT = torch.arange(inputs.shape[1]) < lengths[:, None]
-        _, stats = learner.body(inputs, lengths)
-        amount = torch.from_numpy(task.measured(inputs.numpy()))
-        parts.append(torch.stack([amount[valid_BT], stats.steps.view_as(valid_BT)[valid_BT]]))
-    amounts, steps = torch.cat(parts, dim=1)
-    return {
-        f"val/{task.measure}_{amount:02d}/steps": float(steps[amounts == amount].double().mean())
-        for amount in amounts.unique().tolist()
-    }
+def _groups(task: Task) -> tuple[list[str], Callable[[Batch], np.ndarray] | None]:
+    """Names of what the elements of a task are told apart by, and the index of each one's: int64 [B, T]; None: by nothing."""
+    if isinstance(task, ByteTask):
+        names = [place.replace(" ", "_") for place in PLACES]
+        return names, lambda batch: places_of(np.concatenate([batch.inputs[:, :1], batch.targets], axis=1))
+    if isinstance(task, GeneratedTask) and task.measure:
+        return [f"{task.measure}_{amount:02d}" for amount in range(task.input_size + 1)], lambda batch: task.measured(
+            batch.inputs
+        )
+    return [], None
 
 
 @torch.no_grad()
