@@ -89,6 +89,11 @@ def test_a_trial_may_need_all_of_its_overrides_to_be_valid() -> None:
     assert len(plan(name_sweep(changed(tiny(), sweep__space=space)))) == 1
 
 
+def test_the_shipped_sweep_is_valid_for_the_default_model() -> None:
+    trials = plan(name_sweep(compose(["sweep=depth_x_penalty", "cluster.num_workers=1"])))
+    assert len(trials) == 4 * 3
+
+
 def test_names_are_folder_names() -> None:
     assert trial_name(7, {"model.tree.depth": 4, "optim.lr": 0.001}) == "007-depth=4-lr=0.001"
     assert trial_name(0, {"optim.betas": [0.9, 0.95], "data.path": "a/../b"}) == "000-betas=_0.9_0.95_-path=a_.._b"

@@ -2,7 +2,6 @@
 
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from distcond.data.batches import LocalFeeder
 from distcond.nn import TreeLinear
 from distcond.nn.model import SUMS, Learner
 from tests.helpers import run_ranks, small_config, text_config
-from tests.pairs import every_pair
 from tests.train.traces import (
     Case,
     Trace,
@@ -32,8 +30,8 @@ FEW = 2  # where the matrix has shown that updates do not drift apart
 # Single precision: sums over ranks and micro-batches are rounded in another order, 1e-7 of their size each time.
 TOLERANCE = 1e-6
 CLIP = 0.05
-# Every two of ranks, stage, accumulation and clipping meet.
-MATRIX = every_pair((1, 2), range(4), (1, 2), (0.0, CLIP))
+# Every two of stage, accumulation and clipping meet.
+MATRIX = [(stage, times, CLIP if (stage + times) % 2 else 0.0) for stage in range(4) for times in (1, 2)]
 
 
 def case(stage: int = 1, accumulation: int = 1, clip: float = CLIP, **changes: object) -> Case:
@@ -51,20 +49,17 @@ def plain(clip: float) -> Trace:
 
 
 @pytest.fixture(scope="module")
-def matrix() -> dict[tuple[Any, ...], Trace]:
-    found = {}
-    for size in (1, 2):
-        options = [options for options in MATRIX if options[0] == size]
-        found |= dict(zip(options, traces(size, [case(*rest) for _, *rest in options]), strict=True))
-    return found
+def matrix() -> dict[int, list[Trace]]:
+    return {size: traces(size, [case(*options) for options in MATRIX]) for size in (1, 2)}
 
 
-@pytest.mark.parametrize(("world_size", "stage", "accumulation", "clip"), MATRIX)
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(("stage", "accumulation", "clip"), MATRIX)
 def test_ranks_stages_and_accumulation_equal_plain_torch(
-    matrix: dict[tuple[Any, ...], Trace], world_size: int, stage: int, accumulation: int, clip: float
+    matrix: dict[int, list[Trace]], world_size: int, stage: int, accumulation: int, clip: float
 ) -> None:
     assert min(plain(clip).norms) > CLIP, "clipping has nothing to do"
-    assert_same(matrix[world_size, stage, accumulation, clip], plain(clip), TOLERANCE)
+    assert_same(matrix[world_size][MATRIX.index((stage, accumulation, clip))], plain(clip), TOLERANCE)
 
 
 # ---- what is not shared out evenly -------------------------------------------------------------------------------------
