@@ -22,3 +22,10 @@ class ClusterError(UserError):
 
 class RunError(UserError):
     """A run folder that is busy, unreadable, or belongs to a different run."""
+
+
+class TrainingError(Exception):
+    """A run that failed for a reason which is not the user's, told in one line: exit status 1.
+
+    Raised by a rank, it says that to start the ranks again would not help.
+    """

@@ -1,5 +1,6 @@
 """`distcond evaluate RUN`: a checkpoint measured in this process, without Ray or DeepSpeed."""
 
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -23,13 +24,15 @@ from distcond.errors import ConfigError, RunError
 from distcond.nn.halting import PonderStats
 from distcond.nn.model import SUMS, Learner
 from distcond.ops import kernels, use_kernels
-from distcond.train.checkpoint import latest_checkpoint, read_dense, read_state, verified
+from distcond.train.checkpoint import newest_checkpoint, read_dense, read_state, verified
 from distcond.train.fits import cost_of
 from distcond.train.learner import learner_for
 from distcond.train.metrics import ponder, quality
 from distcond.train.run_folder import RunFolder, write_json
 from distcond.train.state import tensors
 from distcond.train.table_files import load_tables
+
+log = logging.getLogger(__name__)
 
 LATENCY_REPEATS = 20
 "Single examples timed, after one that warms up."
@@ -94,7 +97,9 @@ def _checkpoint(folder: RunFolder, step: int | None) -> Path:
             return verified(chosen)
         held = ", ".join(str(int(path.name[5:])) for path in sorted(folder.checkpoints.glob("step_*"))) or "none"
         raise RunError(f"{folder.path} has no checkpoint of step {step}; it has: {held}.")
-    newest = latest_checkpoint(folder.checkpoints)
+    newest, damaged = newest_checkpoint(folder.checkpoints)
+    for reason in damaged.values():
+        log.warning("%s; measuring %s, the newest that is intact.", str(reason).rpartition(";")[0], newest and newest.name)
     if newest is None:
         raise RunError(f"{folder.path} has no checkpoint yet; train it first: distcond train run.name={folder.path.name}")
     return newest

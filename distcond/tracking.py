@@ -48,9 +48,10 @@ class Tracker:
 
         mode: auto, offline, online or disabled (no wandb at all); with auto, WANDB_MODE decides where it is set.
         """
-        metrics = folder / "metrics.jsonl"
+        self._metrics = metrics = folder / "metrics.jsonl"
         _cut_back(metrics, resume_step)
-        self._file = metrics.open("a", encoding="utf-8")
+        metrics.touch()
+        self._unwritten = ""
         self._mirror: _Mirror | None = None
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE", mode)
@@ -60,16 +61,34 @@ class Tracker:
             self._mirror = _Mirror(folder, {"metrics": str(metrics), "start": start, "mode": mode, "run": run})
 
     def log(self, row: dict[str, float]) -> None:
-        """Append one row, which carries `step`, as a line of JSON; NaN and infinity become null."""
+        """Append one row, which carries `step`, as a line of JSON; NaN and infinity become null.
+
+        A row that the disk does not take (it is full, or gone) is kept and written with a later one.
+        """
         line = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        self._unwritten += json.dumps(line, allow_nan=False) + "\n"
+        self._write()
 
     def close(self) -> None:
         """Finish the mirror; if that takes longer than CLOSE_TIMEOUT_S, it goes on alone, at most ORPHAN_TIMEOUT_S."""
-        self._file.close()
+        self._write()
         if self._mirror is not None:
             self._mirror.close()
+
+    def _write(self) -> None:
+        if not self._unwritten:
+            return
+        size = None
+        try:
+            with self._metrics.open("a", encoding="utf-8") as file:
+                size = file.tell()
+                file.write(self._unwritten)
+            self._unwritten = ""
+        except OSError as error:
+            log.warning("%s: %s; the row is kept.", self._metrics, error.strerror)
+            with contextlib.suppress(OSError):
+                if size is not None:  # a part of a line may be there
+                    os.truncate(self._metrics, size)
 
 
 def _cut_back(metrics: Path, resume_step: int) -> None:

@@ -62,13 +62,15 @@ class TrainConfig:
     "Steps between rows of training metrics; >= 1."
     eval_every: int = 300
     "Steps between validations; >= 1. The last step is always validated."
+    max_bad_steps: int = 10
+    "Steps in a row without a finite loss and gradient (each is left out) before a run goes back to a checkpoint; >= 1."
     profile: bool = False
     "Write a torch profiler trace of steps 5 to 9 into RUN/logs/profile."
     peak_tflops: float | None = None
     "Peak of one device in TFLOP/s, for perf/mfu; null: taken from a table of GPUs, else not reported."
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "log_every", "eval_every"):
+        for name in ("max_steps", "log_every", "eval_every", "max_bad_steps"):
             value = getattr(self, name)
             need(value >= 1, f"train.{name}={value} is below 1; use 1 or more.")
 
@@ -80,8 +82,11 @@ class CheckpointConfig:
     every: int = 300
     "Steps between checkpoints; >= 1. The last step is always saved."
     keep_last: int = 2
-    "Checkpoints kept; >= 1."
+    "The newest checkpoints that are kept; >= 1."
+    keep_best: int = 1
+    "Checkpoints kept because of their validation, made at the same step, whatever their age; >= 0."
 
     def __post_init__(self) -> None:
         need(self.every >= 1, f"checkpoint.every={self.every} is below 1; use 1 or more.")
         need(self.keep_last >= 1, f"checkpoint.keep_last={self.keep_last} is below 1; use 1 or more.")
+        need(self.keep_best >= 0, f"checkpoint.keep_best={self.keep_best} is negative; use 0 or more.")

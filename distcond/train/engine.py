@@ -246,7 +246,10 @@ class Engine:
     # ---- the dense part as full tensors by name: any world size and ZeRO stage can load it ----------------------------
 
     def dense_state(self) -> dict[str, Tensor]:
-        """Weights and moments, fp32, under `<parameter>/weight`, `/exp_avg`, `/exp_avg_sq`. Collective."""
+        """Weights and moments, fp32, under `<parameter>/weight`, `/exp_avg`, `/exp_avg_sq`, as they are now. Collective.
+
+        On a CPU they may share memory with the engine's.
+        """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         base = self._base_optimizer()
@@ -257,8 +260,12 @@ class Engine:
             else:
                 values = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
                 values["weight"] = safe_get_full_fp32_param(parameter)
-            state |= {f"{name}/{key}": value.detach().cpu().clone() for key, value in values.items()}
+            state |= {f"{name}/{key}": value.detach().cpu() for key, value in values.items()}
         return state
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The model's buffers, under `buffers/<name>`; on a CPU they share memory."""
+        return {f"buffers/{name}": value.detach().cpu() for name, value in self.model.named_buffers()}
 
     def load_dense_state(self, state: Mapping[str, Tensor], step: int) -> None:
         """Restore what `dense_state` gave after `step` updates; the weights were given to the constructor."""

@@ -7,16 +7,23 @@ import torch
 
 from distcond.config import TrainConfig
 from distcond.config.cost import ModelCost
+from distcond.errors import TrainingError
 from distcond.nn.model import SUMS
 from distcond.tracking import Tracker
-from distcond.train.checkpoint import save_checkpoint
 from distcond.train.metrics import Meter, is_better, mean_loss, ponder, quality, tree_usage
 from distcond.train.run_folder import write_json
 from distcond.train.schedule import learning_rate
 from distcond.train.state import Run, validate
+from distcond.train.table_files import own_tables
 
 log = logging.getLogger(__name__)
 
+LONGEST_WAIT_S = 60.0
+"For a checkpoint that is still being written when the next one is due."
+LAST_LIMIT_S, STOP_LIMIT_S = 120.0, 4.0
+"For the last checkpoint to be written, attempts after failures included; after a request to stop."
+RETRY_S = 1.0
+"Between such attempts."
 PROFILED_STEPS = range(5, 10)
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L4": 121.0, "V100": 125.0, "T4": 65.0}
 "Dense bf16 (or fp16) peaks of GPUs from their data sheets."
@@ -26,9 +33,8 @@ class StopHook:
     """Ends the run after this step, on all ranks at once, when somebody created RUN/stop."""
 
     def after_step(self, run: Run) -> None:
-        """Agree on whether to stop."""
-        asked = torch.tensor([float(run.folder.stop_file.exists())])
-        run.stop = bool(run.engine.tables.world.max_(asked))
+        """Agree on whether to stop, and on what has become of the checkpoint that is being written."""
+        run.stop = run.writer.agree(run.folder.stop_file.exists())
 
     def close(self) -> None:
         """Nothing to do."""
@@ -85,6 +91,7 @@ class ValidationHook:
         figures = quality(sums, is_text=run.learner.is_text, prefix="val") | ponder(sums, "val/ponder")
         row: dict[str, float] = {"step": run.step, **figures, "perf/validation_s": time.perf_counter() - start}
         metric = "val/bpb" if run.learner.is_text else "val/sequence_error"
+        run.validation = (run.step, figures[metric])
         if is_better(figures[metric], run.summary.get("best")):
             run.summary["best"] = {"metric": metric, "value": figures[metric], "step": run.step}
         run.summary["last"] = figures
@@ -97,35 +104,61 @@ class ValidationHook:
 
 
 class CheckpointHook:
-    """Checkpoints every `checkpoint.every` steps, and at the end; writes the summary with each."""
+    """Checkpoints every `checkpoint.every` steps, and at the end; they are written while training goes on.
+
+    None while steps are left out in a row: what was saved before them may be better.
+    """
 
     def after_step(self, run: Run) -> None:
-        """Save, and say how far the run is."""
-        if run.step % run.config.checkpoint.every and not run.is_last:
+        """Take a copy of the state; at the end, see it written."""
+        is_due = run.step % run.config.checkpoint.every == 0 and not run.bad_steps
+        if not (is_due or run.writer.retry_is_due or run.is_last):
             return
         start = time.perf_counter()
-        run.summary.update(step=run.step, stopped=run.stop)
-        save_checkpoint(
-            run.folder.checkpoints,
-            run.step,
-            dense=run.engine.dense_state(),
-            model=run.learner,
-            tables=run.engine.tables,
-            state={
-                "updates": run.updates,
-                "budget": run.budget and run.budget.state_dict(),
-                "summary": run.summary,
-                "world_size": run.engine.tables.world.size,
-                "threads": torch.get_num_threads(),
-            },
-            keep_last=run.config.checkpoint.keep_last,
-        )
-        if run.engine.tables.world.rank == 0:
-            write_json(run.folder.summary_file, run.summary)
+        if run.writer.settle(STOP_LIMIT_S if run.stop else LONGEST_WAIT_S):
+            self._begin(run)
+        elif run.engine.tables.world.rank == 0:
+            run.note(f"The checkpoint before step {run.step} is still being written; that of step {run.step} is left out.")
+        if run.is_last:
+            self._finish(run)
         run.meter.started += time.perf_counter() - start
 
     def close(self) -> None:
         """Nothing to do."""
+
+    def _begin(self, run: Run) -> None:
+        run.summary.update(step=run.step, stopped=run.stop)
+        step, value = run.validation or (None, None)
+        run.writer.begin(
+            run.step,
+            dense=run.engine.dense_state() | run.engine.buffers(),
+            tables=own_tables(run.learner, run.engine.tables),
+            state={
+                "updates": run.updates,
+                "budget": run.budget and run.budget.state_dict(),
+                "summary": run.summary,
+                "validation": value if step == run.step else None,
+                "world_size": run.engine.tables.world.size,
+                "threads": torch.get_num_threads(),
+            },
+        )
+
+    def _finish(self, run: Run) -> None:
+        """Wait until the last state is on the disk. Raises TrainingError where that cannot be had."""
+        limit, rank = STOP_LIMIT_S if run.stop else LAST_LIMIT_S, run.engine.tables.world.rank
+        end = time.monotonic() + limit
+        while not (run.writer.settle(limit) and not run.writer.failure):
+            time.sleep(min(RETRY_S, limit))
+            if run.writer.agree(rank == 0 and time.monotonic() > end):
+                reason = run.writer.failure or f"not written within {limit:g} s"
+                raise TrainingError(
+                    f"the last checkpoint, of step {run.step}, could not be written: {reason}. Once there is room, the same "
+                    "command goes on from the newest one."
+                )
+            if not run.writer.is_busy:
+                self._begin(run)
+        if rank == 0:
+            write_json(run.folder.summary_file, run.summary)
 
 
 class ProfileHook:

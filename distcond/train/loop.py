@@ -5,9 +5,12 @@ Every rank runs it. What may wait on other ranks is called equally often by all 
 
 import hashlib
 import importlib.metadata
+import logging
+import math
 import platform
 import sys
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,32 +20,60 @@ from distcond.config import Config
 from distcond.config.cost import model_cost
 from distcond.data.batches import Feeder
 from distcond.data.tasks import Task, build_task
+from distcond.errors import TrainingError
 from distcond.nn.model import SUMS
 from distcond.ops import kernels
 from distcond.tracking import Tracker
-from distcond.train.hooks import CheckpointHook, LogHook, ProfileHook, StopHook, ValidationHook, peak_tflops
+from distcond.train.health import first_bad_tensor
+from distcond.train.hooks import LONGEST_WAIT_S, CheckpointHook, LogHook, ProfileHook, StopHook, ValidationHook, peak_tflops
 from distcond.train.run_folder import RunFolder, write_json
 from distcond.train.schedule import learning_rate
 from distcond.train.state import Hook, Run, start_run, tensors
 
+log = logging.getLogger(__name__)
 
-def run_training(config: Config, folder: RunFolder, feeder: Feeder, settings: dict[str, Any]) -> dict[str, Any]:
+
+def run_training(
+    config: Config, folder: RunFolder, feeder: Feeder, settings: dict[str, Any], note: Callable[[str], None] = log.warning
+) -> dict[str, Any]:
     """Train until train.max_steps, or until RUN/stop appears; continue from the newest checkpoint. Returns the summary.
 
-    settings: the configuration as plain containers, for the tracker.
+    A run whose steps are bad (no finite loss or gradient) `train.max_bad_steps` times in a row goes back to its newest
+    checkpoint; where it does not get any further then, TrainingError names the first tensor that is not finite.
+    settings: the configuration as plain containers, for the tracker. note: told what the user should know, by rank 0.
     """
     task = build_task(config.data)
-    run = start_run(config, folder, feeder, task)
-    hooks = make_hooks(run, task, settings)
+    went_back_at = -1
+    while True:
+        run = start_run(config, folder, feeder, task, note)
+        start = run.step
+        if train(run, make_hooks(run, task, settings)):
+            return run.summary
+        run.writer.settle(LONGEST_WAIT_S)
+        has_checkpoint = start > 0 or run.writer.newest is not None
+        if not has_checkpoint or run.step <= went_back_at:
+            raise TrainingError(
+                f"no finite loss or gradient in steps {run.step - run.bad_steps} to {run.step - 1}; not finite first, in batch "
+                f"{run.step - 1}: {first_bad_tensor(run)}. Lower optim.lr, or look at that batch."
+            )
+        if run.engine.tables.world.rank == 0:
+            note(f"No finite loss or gradient in {run.bad_steps} steps up to {run.step - 1}: going back to the last checkpoint.")
+        went_back_at = run.step
+
+
+def train(run: Run, hooks: Sequence[Hook]) -> bool:
+    """Step by step to the end; False where that is out of sight, for too many steps in a row were bad."""
     try:
         while not run.is_last:
             train_step(run)
+            if run.bad_steps >= run.config.train.max_bad_steps:
+                return False
             for hook in hooks:
                 hook.after_step(run)
     finally:
         for hook in reversed(hooks):
             hook.close()
-    return run.summary
+    return True
 
 
 def train_step(run: Run) -> None:
@@ -55,15 +86,20 @@ def train_step(run: Run) -> None:
         batch = run.feeder.get(run.step, micro)
         run.meter.data_wait_s += time.perf_counter() - start
         loss, sums = run.engine(*tensors(batch, run.engine.device))
-        step_sums += sums.cpu()
+        sums = sums.cpu()
+        step_sums += sums
+        if not bool(torch.isfinite(sums).all()):
+            loss = loss * math.nan  # whatever its gradient would have been: no rank applies this step
         # DeepSpeed divides by ranks and micro-batches; the loss is a sum over the count of the whole batch.
         run.engine.backward(loss * (run.engine.tables.world.size * accumulation / batch.global_count))
         run.engine.step(lr)
     if run.budget is not None and run.engine.step_is_applied:
         spend(run, step_sums, lr)
-    run.meter.sums += step_sums
+    if bool(torch.isfinite(step_sums).all()):
+        run.meter.sums += step_sums
     run.step += 1
     run.updates += run.engine.step_is_applied
+    run.bad_steps = 0 if run.engine.step_is_applied else run.bad_steps + 1
     run.meter.steps += 1
     run.meter.skipped += not run.engine.step_is_applied
 

@@ -1,7 +1,9 @@
 """A run while it trains: what the loop changes and the hooks see."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -10,10 +12,13 @@ from torch import Tensor
 from distcond.config import Config
 from distcond.data.batches import Batch, Feeder, num_validation_batches
 from distcond.data.tasks import Task
+from distcond.errors import RunError
 from distcond.nn.budget import StepBudget
 from distcond.nn.model import SUMS, Learner
 from distcond.ops import use_kernels
-from distcond.train.checkpoint import latest_checkpoint, read_dense, read_state
+from distcond.table import Collective
+from distcond.train.checkpoint import newest_checkpoint, read_dense, read_state, set_aside
+from distcond.train.checkpoint_writer import CheckpointWriter, name_of
 from distcond.train.engine import Engine
 from distcond.train.learner import learner_for
 from distcond.train.metrics import Meter
@@ -32,15 +37,25 @@ class Run:
     feeder: Feeder
     engine: Engine
     learner: Learner
+    note: Callable[[str], None] = log.warning
+    "Tells the user a line; rank 0 alone does."
+    writer: CheckpointWriter = field(init=False)
     step: int = 0
     "Steps done."
     updates: int = 0
     "Steps that changed the weights."
+    bad_steps: int = 0
+    "Steps in a row, up to now, that did not."
     meter: Meter = field(default_factory=Meter)
     summary: dict[str, Any] = field(default_factory=dict)
+    validation: tuple[int, float] | None = None
+    "Step and figure of the last validation."
     budget: StepBudget | None = None
     "What sets the learner's penalty, where the run has target_steps."
     stop: bool = False
+
+    def __post_init__(self) -> None:
+        self.writer = CheckpointWriter(self.folder.checkpoints, self.engine.tables, self.config.checkpoint, self.note)
 
     @property
     def is_last(self) -> bool:
@@ -60,16 +75,17 @@ class Hook(Protocol):
         ...
 
 
-def start_run(config: Config, folder: RunFolder, feeder: Feeder, task: Task) -> Run:
-    """A fresh run, or the one that the newest checkpoint holds."""
+def start_run(config: Config, folder: RunFolder, feeder: Feeder, task: Task, note: Callable[[str], None] = log.warning) -> Run:
+    """A fresh run, or the one that the newest intact checkpoint holds. Collective."""
     torch.manual_seed(config.seed)
     use_kernels(config.cluster.kernels.value)
     learner = learner_for(config.model, task)
     target = config.model.halting.target_steps
     budget = None if target is None else StepBudget(target)
-    checkpoint = latest_checkpoint(folder.checkpoints)
+    checkpoint = _agreed_checkpoint(folder.checkpoints, note)
+    done: dict[str, Any] = {}
     if checkpoint is None:
-        run = Run(config, folder, feeder, Engine(learner, config), learner, budget=budget)
+        engine = Engine(learner, config)
     else:
         state, dense = read_state(checkpoint), read_dense(checkpoint, learner)
         weights = {name: dense[f"{name}/weight"] for name, _ in learner.named_parameters()}
@@ -79,15 +95,37 @@ def start_run(config: Config, folder: RunFolder, feeder: Feeder, task: Task) -> 
         log_decay = load_tables(checkpoint, learner, rank=expert.rank, size=expert.size)
         engine.tables.optimizer.log_decay = log_decay
         done = {"step": state["step"], "updates": state["updates"], "summary": state["summary"]}
-        run = Run(config, folder, feeder, engine, learner, **done, budget=budget)
-        if run.budget is not None:
-            run.budget.load_state_dict(state["budget"])
-            learner.time_penalty = run.budget.penalty
-        log.info("Continuing %s from step %d.", folder.path, run.step)
+        if budget is not None:
+            budget.load_state_dict(state["budget"])
+            learner.time_penalty = budget.penalty
+        log.info("Continuing %s from step %d.", folder.path, state["step"])
     for layer in tree_layers(learner).values():
         layer.records_loads = True
     learner.train()
-    return run
+    return Run(config, folder, feeder, engine, learner, note, budget=budget, **done)
+
+
+def _agreed_checkpoint(folder: Path, note: Callable[[str], None]) -> Path | None:
+    """The checkpoint that rank 0 finds intact; newer ones are set aside, and the user is told. Collective."""
+    world = Collective()
+    none, refused = -1, -2
+    step = torch.tensor([none])
+    error: RunError | None = None
+    if world.rank == 0:
+        try:
+            found, damaged = newest_checkpoint(folder)
+        except RunError as reason:
+            error, step[0] = reason, refused
+        else:
+            if found is not None:
+                step[0] = int(found.name[len("step_") :])
+                for path, why in damaged.items():
+                    set_aside(path)
+                    note(f"{str(why).rpartition(';')[0]}; going on from step {int(step)}, the newest intact checkpoint.")
+    world.broadcast_(step)
+    if step == refused:
+        raise error or RunError(f"{folder} holds no checkpoint that is intact.")
+    return None if step == none else folder / name_of(int(step))
 
 
 @torch.no_grad()

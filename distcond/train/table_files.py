@@ -28,20 +28,33 @@ def tree_layers(model: nn.Module) -> dict[str, TreeLinear]:
 
 def write_tables(folder: Path, model: nn.Module, tables: ShardedRows) -> None:
     """Write the rows of all ranks into an existing folder. Collective: when it returns, every file is there."""
-    expert = tables.expert
+    for name, rows in own_tables(model, tables).items():
+        save_file(rows, folder / name)
+    if tables.world.rank == 0:
+        for file in folder.glob(ANY_FILE):
+            if file.name not in table_names(tables):  # of an earlier save under this name, on another number of ranks
+                file.unlink()
+    tables.world.sum_(torch.zeros(1))
+
+
+def table_names(tables: ShardedRows) -> list[str]:
+    """The files of all ranks."""
+    return [FILE_NAME.format(rank, tables.expert.size) for rank in range(tables.expert.size)]
+
+
+def own_tables(model: nn.Module, tables: ShardedRows) -> dict[str, dict[str, Tensor]]:
+    """The file of this rank and the tensors in it, which may share memory with the tables; none where a replica writes it.
+
+    Collective.
+    """
     for layer in tree_layers(model).values():
         if layer.subtree_loads is not None:
             layer.subtree_loads.pool(tables.world)
-    if tables.replica.rank == 0:
-        rows = {key: value for name, layer in tree_layers(model).items() for key, value in _layer_rows(name, layer)}
-        rows[LOG_DECAY] = torch.tensor(tables.optimizer.log_decay, dtype=torch.float64)
-        save_file(rows, folder / FILE_NAME.format(expert.rank, expert.size))
-    if tables.world.rank == 0:
-        current = {FILE_NAME.format(rank, expert.size) for rank in range(expert.size)}
-        for file in folder.glob(ANY_FILE):
-            if file.name not in current:  # of an earlier save under this name, on another number of ranks
-                file.unlink()
-    tables.world.sum_(torch.zeros(1))
+    if tables.replica.rank:
+        return {}
+    rows = {key: value for name, layer in tree_layers(model).items() for key, value in _layer_rows(name, layer)}
+    rows[LOG_DECAY] = torch.tensor(tables.optimizer.log_decay, dtype=torch.float64)
+    return {FILE_NAME.format(tables.expert.rank, tables.expert.size): rows}
 
 
 def load_tables(folder: Path, model: nn.Module, *, rank: int = 0, size: int = 1) -> float:

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from distcond.config import Config
 from distcond.data.batch import Batch
 from distcond.data.batches import LocalFeeder
 from distcond.errors import RunError
-from distcond.train.checkpoint import latest_checkpoint, read_state, verified
+from distcond.train.checkpoint import newest_checkpoint, read_state
 from tests.helpers import changed, folder_of, run_ranks, small_config, text_config, train_here, train_run
 from tests.train.traces import rows_by_node
 
@@ -243,18 +244,67 @@ def remove_manifest(checkpoint: Path) -> Path:
     return checkpoint
 
 
-@pytest.mark.parametrize("harm", [truncate, flip_a_bit, remove, add, remove_manifest])
-def test_harmed_checkpoint_is_refused_with_the_name_of_the_file(
+def cut_manifest(checkpoint: Path) -> Path:
+    file = checkpoint / "manifest.json"
+    file.write_bytes(file.read_bytes()[:-4])
+    return file
+
+
+@pytest.mark.parametrize("harm", [truncate, flip_a_bit, remove, add, remove_manifest, cut_manifest])
+def test_harmed_checkpoint_is_passed_over_with_the_name_of_the_file(
     straight: Config, tmp_path: Path, harm: Callable[[Path], Path]
 ) -> None:
     checkpoints = tmp_path / "checkpoints"
     shutil.copytree(Path(straight.run.dir) / "run/checkpoints", checkpoints)
-    assert latest_checkpoint(checkpoints) == checkpoints / "step_00000005"
+    assert newest_checkpoint(checkpoints) == (checkpoints / "step_00000005", {})
     harmed = harm(checkpoints / "step_00000005")
-    with pytest.raises(RunError) as refused:
-        latest_checkpoint(checkpoints)
-    assert str(harmed) in str(refused.value) and "\n" not in str(refused.value)
-    assert verified(checkpoints / "step_00000004")
+    newest, refused = newest_checkpoint(checkpoints)
+    assert newest == checkpoints / "step_00000004"
+    assert refused.keys() == {checkpoints / "step_00000005"}
+    why = str(refused[checkpoints / "step_00000005"])
+    assert str(harmed) in why and "\n" not in why
+
+
+@pytest.mark.parametrize("pointer", ["", "step_0000", "step_00000009\n", None])
+def test_a_damaged_pointer_costs_nothing(straight: Config, tmp_path: Path, pointer: str | None) -> None:
+    checkpoints = shutil.copytree(Path(straight.run.dir) / "run/checkpoints", tmp_path / "checkpoints")
+    (checkpoints / "latest").unlink()
+    if pointer is not None:
+        (checkpoints / "latest").write_text(pointer)
+    assert newest_checkpoint(checkpoints) == (checkpoints / "step_00000005", {})
+
+
+def test_where_no_checkpoint_is_intact_the_run_is_refused(straight: Config, tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path / "nothing") == (None, {})
+    checkpoints = shutil.copytree(Path(straight.run.dir) / "run/checkpoints", tmp_path / "checkpoints")
+    harmed = [truncate(path) for path in sorted(checkpoints.glob("step_*"))]
+    with pytest.raises(RunError, match=f"^{harmed[-1]} is damaged .*, and no other checkpoint is intact; restore one"):
+        newest_checkpoint(checkpoints)
+
+
+def test_a_run_goes_on_from_the_newest_intact_checkpoint_and_says_so(straight: Config, tmp_path: Path) -> None:
+    config = changed(branch(straight, 4, tmp_path), train__max_steps=5)
+    harmed = flip_a_bit(tmp_path / "run/checkpoints/step_00000004")
+    notes = run_ranks(notes_of, 2, config)
+    assert notes == [[f"{harmed} is damaged or missing (its sha256 is not the manifest's); {GOING_ON}"], []]
+    assert (tmp_path / "run/checkpoints/damaged_step_00000004").is_dir()
+    expected = Path(straight.run.dir) / "run"
+    for step in ("step_00000004", "step_00000005"):
+        assert digests(tmp_path / "run/checkpoints" / step) == digests(expected / "checkpoints" / step)
+    assert metric_rows(tmp_path / "run") == metric_rows(expected)
+
+
+GOING_ON = "going on from step 3, the newest intact checkpoint."
+
+
+def notes_of(config: Config) -> list[str]:
+    """Train a run; what the user was told by this rank."""
+    from distcond.train.loop import run_training
+
+    notes: list[str] = []
+    feeder = LocalFeeder(config, dist.get_rank(), config.cluster.num_workers)
+    run_training(config, folder_of(config), feeder, asdict(config), notes.append)
+    return notes
 
 
 def test_checkpoint_of_another_format_is_refused(straight: Config, tmp_path: Path) -> None:
@@ -283,40 +333,41 @@ class FailingDisk:
 
 def save_on_a_failing_disk(config: Config) -> list[str]:
     """Save a run's next step while the disk fails at the first, second, ... change; what `latest` says each time."""
-    from distcond.train.checkpoint import save_checkpoint
+    from distcond.train.hooks import CheckpointHook
     from distcond.train.state import start_run
 
     folder, feeder = folder_of(config), LocalFeeder(config, 0, 1)
     run = start_run(config, folder, feeder, feeder.task)
     disk, named = FailingDisk(folder.checkpoints), []
+    run.step = 5
     for changes in range(1000):
         disk.left = changes
-        try:
-            parts = {"model": run.learner, "tables": run.engine.tables, "state": {"updates": 4}, "keep_last": 1}
-            save_checkpoint(folder.checkpoints, 5, dense=run.engine.dense_state(), **parts)
-        except OSError:
-            disk.left = None
-            named.append(verified_name(folder.checkpoints))
-        else:
-            disk.left = None
-            return [*named, verified_name(folder.checkpoints)]
+        CheckpointHook()._begin(run)
+        assert run.writer.settle(60)
+        disk.left = None
+        named.append(verified_name(folder.checkpoints))
+        if not run.writer.failure:
+            CheckpointHook()._begin(run)  # on a disk that works, it removes what the others left
+            assert run.writer.settle(60)
+            return named
+        assert "no space left; it takes" in run.writer.failure and "bytes are free" in run.writer.failure
     raise AssertionError("a checkpoint takes more than 1000 changes of the disk")
 
 
 def verified_name(checkpoints: Path) -> str:
-    """The newest checkpoint; raises RunError where it is not complete."""
-    newest = latest_checkpoint(checkpoints)
-    assert newest is not None
+    """The newest checkpoint; all that is there has to be complete."""
+    newest, refused = newest_checkpoint(checkpoints)
+    assert newest is not None and not refused
     return newest.name
 
 
 def test_latest_never_names_an_incomplete_checkpoint(straight: Config, tmp_path: Path) -> None:
-    moved = changed(branch(straight, 4, tmp_path), **PLACES["1 rank, ZeRO 3"])
+    moved = changed(branch(straight, 4, tmp_path), checkpoint__keep_last=1, **PLACES["1 rank, ZeRO 3"])
     (named,) = run_ranks(save_on_a_failing_disk, 1, moved)
     assert named == sorted(named) and set(named) == {"step_00000004", "step_00000005"}
     assert named.count("step_00000004") > 10  # files, their fsync, the moves into place
     kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
-    assert kept == ["latest", "step_00000005"]  # nothing half-written stays
+    assert kept == ["latest", "step_00000002", "step_00000005"]  # the best and the last; nothing half-written stays
 
 
 def test_only_the_last_checkpoints_are_kept(straight: Config) -> None:

@@ -152,8 +152,10 @@ def train_case(case: Case, num_steps: int) -> Trace:
     trace = Trace()
     for _ in range(num_steps):
         train_step(run)
-        trace.figures.append(run.engine.tables.world.sum_(run.meter.sums).tolist())
+        sums = run.engine.tables.world.sum_(run.meter.sums).tolist()
         run.meter.sums.zero_()
+        if run.engine.step_is_applied:  # else some of the ranks leave theirs out
+            trace.figures.append(sums)
         trace.norms.append(run.engine.grad_norm)
         trace.applied.append(run.engine.step_is_applied)
     weights = {key: value for key, value in run.engine.dense_state().items() if key.endswith("/weight")}
@@ -184,7 +186,6 @@ def train_plainly(case: Case, num_steps: int) -> Trace:
         dense = [parameter.grad for parameter in learner.parameters() if parameter.grad is not None]
         squares = [grad.double().square().sum() for grad in (*dense, *(grad for _, _, grad in gradients))]
         norm = float(sum(squares)) ** 0.5
-        trace.figures.append(figures.tolist())
         trace.norms.append(norm if math.isfinite(norm) else math.inf)
         trace.applied.append(math.isfinite(norm))
         if not trace.applied[-1]:
@@ -192,6 +193,7 @@ def train_plainly(case: Case, num_steps: int) -> Trace:
             for layer in rows.layers:
                 layer.gate.take_statistics()
             continue
+        trace.figures.append(figures.tolist())
         scale = min(1.0, optim.grad_clip / norm) if optim.grad_clip else 1.0
         for grad in dense:
             grad.mul_(scale)
