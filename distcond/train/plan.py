@@ -7,6 +7,7 @@ from distcond.config import Config, GateName, HaltingKind
 from distcond.config.cost import ModelCost
 from distcond.table import SubtreePlan
 from distcond.train.fits import BYTES_PER_ROW_NUMBER, cost_of, dense_bytes
+from distcond.train.pace import seconds_per_step
 
 
 def describe(config: Config) -> str:
@@ -29,7 +30,17 @@ def describe(config: Config) -> str:
         where = subtrees if plan.is_sharded else "every rank holds every node"
         rows = _count(BYTES_PER_ROW_NUMBER * _fullest_rank(config, cost, plan))
         lines += [f"sharding plan       {where}", f"                    up to {rows} bytes of rows per rank"]
-    return "\n".join(lines)
+    return "\n".join([*lines, f"a crash costs       {_at_risk(config)}"])
+
+
+def _at_risk(config: Config) -> str:
+    """What a crash can make a run do again: all since the last checkpoint."""
+    steps, pace = min(config.checkpoint.every, config.train.max_steps), seconds_per_step(config)
+    what = f"up to {steps:,} step{'s' * (steps > 1)} (checkpoint.every={config.checkpoint.every})"
+    if pace is None:
+        return f"{what}; how long one takes, its metrics will say"
+    seconds, source = pace
+    return f"{what}, about {steps * seconds:.3g} s of work at {seconds:.2g} s a step ({source})"
 
 
 def _limit(config: Config) -> str:

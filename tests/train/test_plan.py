@@ -121,3 +121,34 @@ def test_a_table_that_is_sure_not_to_fit_is_refused_with_bytes_needed_and_availa
         return
     with pytest.raises(ConfigError, match=r"needs [0-9,]+ bytes .*, [0-9,]+ are available"):
         check_fits(config)
+
+
+# ---- what a crash can cost ---------------------------------------------------------------------------------------------
+
+
+def at_risk(config: Config) -> str:
+    return describe(config).splitlines()[-1].removeprefix("a crash costs       ")
+
+
+@pytest.mark.parametrize("make", [small_config, text_config])
+def test_what_a_crash_can_cost_is_timed_before_a_run_has_metrics(tmp_path: Path, make: Any) -> None:
+    config = make(tmp_path, checkpoint__every=20, train__max_steps=100)
+    line = at_risk(config)
+    found = re.fullmatch(r"up to 20 steps \(checkpoint.every=20\), about (\S+) s of work at (\S+) s a step \(one rank .*\)", line)
+    assert found, line
+    assert 20 * float(found[2]) == pytest.approx(float(found[1]), rel=0.05)
+    assert 1e-4 < float(found[2]) < 1
+
+
+def test_what_a_crash_can_cost_is_known_from_the_metrics_of_a_run(tmp_path: Path) -> None:
+    config = small_config(tmp_path, checkpoint__every=300, train__max_steps=100)
+    (tmp_path / "run").mkdir()
+    rows = ["", '{"step": 1, "perf/step_ms": 500.0}', '{"step": 1, "val/nll": 1.0}', '{"step": 2, "perf/step_ms": 700.0}', '{"st']
+    (tmp_path / "run/metrics.jsonl").write_text("\n".join(rows))
+    expected = "up to 100 steps (checkpoint.every=300), about 60 s of work at 0.6 s a step (by its metrics)"
+    assert at_risk(config) == expected
+
+
+def test_steps_of_a_gpu_or_of_a_large_model_are_not_timed_here(tmp_path: Path) -> None:
+    for changes in ({"cluster__gpus_per_worker": 1.0}, {"model__width": 8192}):
+        assert at_risk(small_config(tmp_path, **changes)).endswith("; how long one takes, its metrics will say")
