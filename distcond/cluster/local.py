@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import secrets
 import shutil
 import socket
 import sys
@@ -65,7 +66,8 @@ def _started(cluster: ClusterConfig, logs: Path) -> Iterator[Room]:
 
     room = _machine_room(cluster)
     before = set(_descendants())
-    with _temporary_folder() as folder, _environment(SETTINGS):
+    _make_token()
+    with _temporary_folder() as folder, _environment(SETTINGS), _closed_to_others():
         try:
             ray.init(
                 address="local",
@@ -76,7 +78,6 @@ def _started(cluster: ClusterConfig, logs: Path) -> Iterator[Room]:
                 log_to_driver=False,
                 _temp_dir=str(folder),
             )
-            _protect_token()
             yield room
         except UserError:
             raise
@@ -99,7 +100,9 @@ def _connected(cluster: ClusterConfig) -> Iterator[Room]:
             f"{given} is the dashboard of a Ray cluster, to which runs are sent: use `distcond submit train cluster=ray`, or "
             "leave cluster.address and RAY_ADDRESS empty to train on this machine."
         )
-    ray.init(address=_find(given), log_to_driver=False)
+    address = _find(given)
+    _check_token(address, given)
+    ray.init(address=address, log_to_driver=False)
     try:
         total = ray.cluster_resources()
         room = Room(total.get("CPU", 0), total.get("GPU", 0), f"the cluster at {given}")
@@ -123,6 +126,23 @@ def _find(given: str) -> str:
             "RAY_ADDRESS empty to train on this machine."
         ) from error
     return address
+
+
+def _check_token(address: str, given: str) -> None:
+    """Raise ClusterError where a cluster wants a token that is not ours. NOTE: Ray itself would ask for it for minutes."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+
+    with init_grpc_channel(address) as channel:
+        is_alive = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
+        try:
+            is_alive(b"", timeout=CONNECT_TIMEOUT_S)
+        except grpc.RpcError as error:  # of any other trouble Ray says more
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                raise ClusterError(
+                    f"the Ray cluster at {given} wants a token, and not the one that was given, if any; set RAY_AUTH_MODE=token, "
+                    "and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the one that it was started with."
+                ) from error
 
 
 @contextmanager
@@ -192,10 +212,32 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _protect_token() -> None:
-    """NOTE: Ray 2.60 writes the token that opens its ports with the permissions of any file (0644)."""
+@contextmanager
+def _closed_to_others() -> Iterator[None]:
+    """A Ray that is started inside listens on 127.0.0.1 alone, and asks for the token even if another Ray here does not."""
+    from ray._private import ray_constants
+
+    # NOTE: what Ray 2.60 does on macOS. Its _node_ip_address="127.0.0.1" means all addresses, and its environment variable
+    # RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER is read when Ray is imported, which may be long ago.
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    mode = os.environ.pop("RAY_AUTH_MODE", None)
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        os.environ.pop("RAY_AUTH_MODE", None)
+        os.environ.update({"RAY_AUTH_MODE": mode} if mode is not None else {})
+
+
+def _make_token() -> None:
+    """The file of the user's token, there and readable by nobody else, before Ray 2.60 writes one for all to read (0644)."""
     token = Path.home() / ".ray" / "auth_token"
-    if token.is_file() and token.stat().st_uid == os.getuid():
+    token.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=token.parent) as file, contextlib.suppress(FileExistsError):  # made as 0600
+        file.write(secrets.token_hex(32))
+        file.flush()
+        os.link(file.name, token)  # whole or not at all, and never in place of another
+    if token.stat().st_uid == os.getuid():
         token.chmod(0o600)
 
 

@@ -1,12 +1,20 @@
 import fcntl
+import os
 import socket
+import stat
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
+import ray
 
 from distcond.cluster import local
 from distcond.cluster.local import preflight, ray_session
+from distcond.cluster.policy import Room
 from distcond.config import ClusterConfig
 from distcond.errors import ClusterError
 
@@ -60,3 +68,53 @@ def test_what_a_killed_run_left_is_removed_and_what_a_living_one_has_is_not(
         with local._temporary_folder() as own:
             assert sorted(tmp_path.iterdir()) == sorted([held, other, own])
         assert sorted(tmp_path.iterdir()) == sorted([held, other])
+
+
+def test_the_token_is_made_once_whole_and_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    token = tmp_path / ".ray" / "auth_token"
+    mask = os.umask(0)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: local._make_token(), range(8)))
+    finally:
+        os.umask(mask)
+    made = token.read_text()
+    assert len(made) == 64 and set(made) <= set("0123456789abcdef")
+    assert (stat.S_IMODE(token.stat().st_mode), stat.S_IMODE(token.parent.stat().st_mode)) == (0o600, 0o700)
+    assert list(token.parent.iterdir()) == [token]
+    token.chmod(0o644)  # as Ray 2.60 makes it
+    local._make_token()
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600 and token.read_text() == made
+
+
+@pytest.mark.ray
+def test_every_port_of_a_local_ray_is_bound_to_loopback(shared_ray: Room) -> None:
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    sockets = {process.name(): process.net_connections("inet") for process in processes}
+    assert {"gcs_server", "raylet"} <= sockets.keys()
+    bound = {
+        (name, one.laddr.ip)
+        for name, several in sockets.items()
+        for one in several
+        if one.status == psutil.CONN_LISTEN or one.type == socket.SOCK_DGRAM
+    }
+    assert len(bound) >= 4  # this process, gcs_server, raylet, an agent
+    assert {ip for _, ip in bound} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, bound
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    "environment", [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}], ids=["none", "wrong"]
+)
+def test_without_the_token_a_local_ray_lets_nobody_in(shared_ray: Room, environment: dict[str, str]) -> None:
+    address = ray.get_runtime_context().gcs_address
+    local._check_token(address, "here")  # with the token, it does
+    ask = "from ray._raylet import GcsClient; from distcond.cluster.local import _check_token\n"
+    ask += (
+        f"try: GcsClient('{address}')\nexcept Exception as error: print(type(error).__name__)\n_check_token('{address}', 'here')"
+    )
+    others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", ask], env=others | environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "AuthenticationError\n"
+    assert "ClusterError: the Ray cluster at here wants a token" in done.stderr.splitlines()[-1]
