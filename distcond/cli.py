@@ -306,7 +306,9 @@ def _configure_logging() -> None:
 def _one_line(error: BaseException) -> str:
     """The message of an error; notes, which say where the log of a run is, belong to it."""
     text = str(error) or type(error).__name__
-    return " ".join(" ".join([text, *getattr(error, "__notes__", [])]).split())
+    line = " ".join(" ".join([text, *getattr(error, "__notes__", [])]).split())
+    # What was given is shown, not obeyed: files from strangers may hold what moves a terminal's cursor.
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
 
 
 def _save_traceback() -> str:

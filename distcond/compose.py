@@ -17,12 +17,17 @@ from typing import Any, cast, get_args, get_origin, get_type_hints
 
 import hydra
 import yaml
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distcond.config import Config
+from distcond.config.check import need
+from distcond.config.files import check_references, check_values, leaves, open_checked
 from distcond.errors import ConfigError
 from distcond.resources import resource_dir
 
@@ -48,7 +53,7 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> Config:
 def load_config(file: Path) -> Config:
     """The configuration in a resolved file, e.g. the config.yaml of a run folder."""
     with _user_errors(str(file)):
-        loaded = OmegaConf.load(file)
+        loaded = OmegaConf.load(open_checked(file))
         if not isinstance(loaded, DictConfig):
             raise ConfigError(f"{file} is not a configuration; needed is a mapping such as the config.yaml of a run.")
         return _to_config(_typed(loaded))
@@ -105,8 +110,10 @@ def hydra_main(argv: Sequence[str]) -> int:
 def compose_node(overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
     """What Hydra composes, with every key and type checked, but values not yet resolved nor tested for sense."""
     _schema()
-    search = [f"hydra.searchpath=[{_quote(f'file://{_own_files(config_dir)}')}]"] if config_dir else []
+    search = [_search_in(config_dir)] if config_dir else []
     with _user_errors(), hydra.initialize_config_dir(str(resource_dir("conf")), version_base=VERSION_BASE):
+        for given in overrides:
+            check_references(given, given)  # a file of a group may be named by one, which Hydra fills in at once
         # NOTE: typed anew, because Hydra lets `+model.tree.dpth=3` add a key that the dataclass does not have.
         return _typed(hydra.compose("config", [*search, *overrides]))
 
@@ -142,15 +149,22 @@ def _schema() -> DictConfig:
     """The types and defaults of every key; Hydra knows it as `schema`, the first entry of conf/config.yaml."""
     schema = _open(OmegaConf.structured(Config))
     ConfigStore.instance().store(name="schema", node=schema)
+    Plugins.instance().register(_OwnFiles)
     return schema
 
 
 def _typed(node: DictConfig) -> DictConfig:
-    return cast(DictConfig, OmegaConf.merge(_schema(), OmegaConf.to_container(node, enum_to_str=True)))
+    values = OmegaConf.to_container(node, enum_to_str=True)
+    check_values(values)
+    return cast(DictConfig, OmegaConf.merge(_schema(), values))
 
 
 def _to_config(node: DictConfig) -> Config:
-    """Resolve interpolations; the dataclasses then judge the values."""
+    """Fill in references; the dataclasses then judge the values."""
+    values = OmegaConf.to_container(node, enum_to_str=True)
+    check_values(values)
+    if any("${" in value for _, value in leaves(values) if isinstance(value, str)):
+        node = _filled_in(node)
     for key, kind in _types().items():
         entries = OmegaConf.select(node, key) if get_origin(kind) is list else []
         if any(OmegaConf.is_config(entry) for entry in entries):  # NOTE: OmegaConf lets a list[str] hold lists
@@ -158,12 +172,22 @@ def _to_config(node: DictConfig) -> Config:
     return cast(Config, OmegaConf.to_object(node))
 
 
+def _filled_in(node: DictConfig) -> DictConfig:
+    """The node without references. NOTE: typed anew, because OmegaConf fills any value into any key."""
+    values = OmegaConf.to_container(node, resolve=True, enum_to_str=True)
+    for key, value in leaves(values):  # written to a file and read again, it would be filled in then
+        need("${" not in str(value), f"{key}={value}: ${{ is for references alone; use another name.")
+    typed = _typed(cast(DictConfig, OmegaConf.create(values)))
+    check_values(OmegaConf.to_container(typed, enum_to_str=True))
+    return typed
+
+
 def _dotted(space: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A sweep's space by dotted keys, however it was nested: `sweep.space.model.tree.depth=[2,4]` nests."""
     flat: dict[str, Any] = {}
     for key, values in space.items():
         is_section = isinstance(values, Mapping) and "min" not in values
-        flat |= _dotted(values, f"{prefix}{key}.") if is_section else {prefix + key: values}
+        flat |= _dotted(values, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": values}
     return flat
 
 
@@ -179,6 +203,23 @@ def _own_files(directory: str) -> Path:
     return own
 
 
+def _search_in(config_dir: str) -> str:
+    """The override that makes Hydra look into the user's folder, too."""
+    return f"hydra.searchpath=[{_quote(f'{_OwnFiles.scheme()}://{_own_files(config_dir)}')}]"
+
+
+class _OwnFiles(FileConfigSource):  # type: ignore[misc]  # Hydra is untyped
+    """How Hydra reads the user's files: only after each has been looked through."""
+
+    @staticmethod
+    def scheme() -> str:
+        return "own"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        open_checked(Path(self.path) / self._normalize_file_name(config_path))
+        return super().load_config(config_path)
+
+
 def _quote(text: str) -> str:
     return "'" + text.replace("'", "\\'") + "'"
 
@@ -190,7 +231,7 @@ def _user_errors(file: str = "") -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         line = _explain(error)
         raise ConfigError(line if file in line else f"{file}: {line}") from error
 
@@ -202,6 +243,8 @@ def _explain(error: Exception) -> str:
         return _explain_option(error)
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem}."
+    if isinstance(error, RecursionError):
+        return "mappings, lists or references are inside of each other without end."
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror.lower()}."
     return _explain_value(f"{error}\n{error.__cause__ or ''}")

@@ -1,0 +1,95 @@
+"""What a configuration may hold, judged before anything in it is built or looked up: files come from strangers, too."""
+
+import io
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distcond.config.check import need
+
+MAX_BYTES = 2**20
+MAX_VALUES = 100_000
+"Of a file, once its aliases are written out: ten lines of YAML can stand for 10**9 values."
+MAX_DEPTH = 50
+"Of mappings and lists inside of each other; a run has 3."
+FUNCTIONS = ("now", "oc.select")
+"What `${name:...}` may call: the time, and another key with a default. No environment, no files, no code."
+
+
+class Text(io.StringIO):
+    """The text of a file, which knows its name: what YAML says of a mistake begins with it."""
+
+    name = ""
+
+
+def open_checked(file: Path) -> Text:
+    """A YAML file that a configuration can be built from. Raises ConfigError, OSError, ValueError, YAMLError."""
+    with file.open("rb") as source:
+        data = source.read(MAX_BYTES + 1)
+    need(len(data) <= MAX_BYTES, f"{file} has more than {MAX_BYTES:,} bytes, which no configuration has.")
+    stream = Text(data.decode("utf-8"))
+    stream.name = str(file)
+    _check_yaml(stream)
+    stream.seek(0)
+    return stream
+
+
+def check_values(values: Any) -> None:
+    """Refuse, in plain containers, what `check_references` refuses, and numbers that no run can work with: inf, nan, 2**63.
+
+    Raises ConfigError naming the key.
+    """
+    for key, value in leaves(values):
+        if isinstance(value, str):
+            check_references(value, f"{key}={value}")
+        elif isinstance(value, float):
+            need(math.isfinite(value), f"{key}={value}: needed is a finite number.")
+        elif isinstance(value, int):
+            need(abs(value) < 2**63, f"{key} is a number of {value.bit_length()} bits; needed is one below 2**63.")
+
+
+def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of whatever is not a container in plain containers."""
+    if isinstance(values, dict | list):
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from leaves(value, f"{prefix}.{key}".lstrip("."))
+    else:
+        yield prefix, values
+
+
+def check_references(text: str, where: str) -> None:
+    """Refuse ${name:...} unless the name is one of FUNCTIONS. NOTE: also a name made of references, and one in quotes."""
+    for name, end in re.findall(r"\$\{([^:}$]*)([:$])", text):
+        need(
+            end == ":" and name.strip() in FUNCTIONS,
+            f"{where}: ${{{name}{end}...}} is not filled in, only keys are, e.g. ${{seed}}, and the functions "
+            f"{', '.join(FUNCTIONS)}; write the value itself, or let the shell fill it in.",
+        )
+
+
+def _check_yaml(stream: Text) -> None:
+    """Count values without building any, aliases as often as they would be built, and look for references in texts."""
+    where = stream.name
+    sizes: dict[str, int] = {}
+    containers: list[tuple[str | None, int]] = []
+    count = 0
+    for event in yaml.parse(stream, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            need(event.anchor not in (anchor for anchor, _ in containers), f"{where}: *{event.anchor} is a part of itself.")
+            count += sizes.get(event.anchor, 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            check_references(event.value, where)
+            count += 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            containers.append((event.anchor, count))
+            count += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = containers.pop()
+            if anchor is not None:
+                sizes[anchor] = count - before
+        need(len(containers) <= MAX_DEPTH, f"{where}: more than {MAX_DEPTH} mappings or lists are inside of each other.")
+        need(count <= MAX_VALUES, f"{where} stands for more than {MAX_VALUES:,} values, which no configuration has.")
