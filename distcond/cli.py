@@ -18,6 +18,7 @@ from distcond import __version__
 from distcond.completion import complete
 from distcond.config import Config, Kernels
 from distcond.errors import ConfigError, RunError, UserError
+from distcond.redaction import redact
 
 BENCHES = {
     "tree": "layers, beside this machine's limits and their rivals",
@@ -306,12 +307,12 @@ def _configure_logging() -> None:
 def _one_line(error: BaseException) -> str:
     """The message of an error; notes, which say where the log of a run is, belong to it."""
     text = str(error) or type(error).__name__
-    line = " ".join(" ".join([text, *getattr(error, "__notes__", [])]).split())
+    line = redact(" ".join(" ".join([text, *getattr(error, "__notes__", [])]).split()))
     # What was given is shown, not obeyed: files from strangers may hold what moves a terminal's cursor.
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
 
 
 def _save_traceback() -> str:
     with tempfile.NamedTemporaryFile("w", prefix="distcond-", suffix=".log", delete=False) as file:
-        file.write(traceback.format_exc())
+        file.write(redact(traceback.format_exc()))
     return file.name

@@ -106,7 +106,7 @@ def _cut_back(metrics: Path, resume_step: int) -> None:
 def _step(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"])
-    except ValueError:
+    except (ValueError, TypeError, KeyError, RecursionError):  # no JSON, or not a row
         return math.inf
 
 
@@ -114,9 +114,13 @@ class _Mirror:
     """The child process as training sees it: told once what to do and once to end; it answers with warnings only."""
 
     def __init__(self, folder: Path, task: dict[str, Any]) -> None:
+        from distcond.redaction import without_user  # NOTE: here, because the child runs this file and may not find distcond
+
         # NOTE: wandb looks for its error reporting even offline; an offline run must not touch the network.
         environment = {"WANDB_ERROR_REPORTING": "false", **os.environ}
         environment.pop("WANDB_SERVICE", None)  # another wandb of this process
+        if "WANDB_BASE_URL" in environment:  # wandb logs it, and gives its key, not a user and password, to the server
+            environment["WANDB_BASE_URL"] = without_user(environment["WANDB_BASE_URL"])
         (folder / "logs").mkdir(exist_ok=True)
         with (folder / "logs" / "wandb.log").open("ab") as chatter:
             self._process = subprocess.Popen(

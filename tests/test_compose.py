@@ -182,7 +182,7 @@ def test_saved_loaded_and_shipped_configurations_are_equal(tmp_path: Path, overr
 
 def test_text_that_yaml_would_take_for_something_else_survives(tmp_path: Path) -> None:
     texts = ["1e-3", "on", "null", "~", "04:00:00", "a: b", "é\n x", "'", '"', "# c", "0x10", "2020-01-01"]
-    free = {f"key_{number}": text for number, text in enumerate(texts)}
+    free = {f"text_{number}": text for number, text in enumerate(texts)}
     config = override(Config(), {"data.files": texts, "optim.deepspeed": free, "tracking.group": "null"})
     save_config(config, tmp_path / "config.yaml")
     loaded = load_config(tmp_path / "config.yaml")

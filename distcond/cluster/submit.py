@@ -17,6 +17,7 @@ from distcond.cluster.trainer import name_run
 from distcond.compose import override, save_config, to_yaml
 from distcond.config import ClusterName, Config
 from distcond.errors import ConfigError
+from distcond.redaction import redact, without_user
 
 FORWARDED_VARIABLES = ("WANDB_MODE", "WANDB_BASE_URL", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 "Settings that follow a job. Never a key or token: a job's environment is shown to everyone who sees the dashboard."
@@ -50,7 +51,7 @@ def make_job(what: str, config: Config, overrides: list[str]) -> jobs.Job:
     """The job that runs `distcond <what>` inside a package whose root holds the resolved configuration."""
     return jobs.Job(
         entrypoint=f"python -u -m distcond {what} --config {package.CONFIG_FILE}",
-        runtime_env={"env_vars": {name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ}},
+        runtime_env={"env_vars": {name: without_user(os.environ[name]) for name in FORWARDED_VARIABLES if name in os.environ}},
         metadata={
             "distcond": distcond.__version__,
             "folder": str(result_folder(what, config)),
@@ -89,7 +90,7 @@ def follow_to_end(client: JobSubmissionClient, address: str, identifier: str) ->
 
 
 def _say(line: str) -> None:
-    _write(f"{line}\n")
+    _write(f"{redact(line)}\n")
 
 
 def _write(text: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from distcond.config.check import need
+from distcond.redaction import has_password, is_secret
 
 MAX_BYTES = 2**20
 MAX_VALUES = 100_000
@@ -39,13 +40,18 @@ def open_checked(file: Path) -> Text:
 
 
 def check_values(values: Any) -> None:
-    """Refuse, in plain containers, what `check_references` refuses, and numbers that no run can work with: inf, nan, 2**63.
+    """Refuse, in plain containers, what `check_references` refuses, secrets, and numbers of no run: inf, nan, 2**63.
 
     Raises ConfigError naming the key.
     """
     for key, value in leaves(values):
         if isinstance(value, str):
             check_references(value, f"{key}={value}")
+            need(
+                not has_password(value) and not (value and is_secret(key.rpartition(".")[2])),
+                f"{key} holds a password, key or token, which config.yaml, wandb and a cluster's jobs would show; "
+                "give it by an environment variable or ~/.netrc.",
+            )
         elif isinstance(value, float):
             need(math.isfinite(value), f"{key}={value}: needed is a finite number.")
         elif isinstance(value, int):

@@ -14,6 +14,7 @@ DERIVED_KEYS = {
     "scheduler": "optim.schedule and optim.warmup_steps",
     "bf16": "optim.precision",
     "fp16": "optim.precision",
+    "torch_autocast": "optim.precision",  # NOTE: DeepSpeed imports the modules that it names, and so runs their code
 }
 "What a run decides elsewhere, and where."
 
@@ -24,7 +25,9 @@ def deepspeed_options(config: Config) -> dict[str, Any]:
     for key, source in DERIVED_KEYS.items():
         if key in passed:
             raise ConfigError(f"optim.deepspeed.{key} is derived by distcond; set {source} instead.")
-    zero = dict(passed.get("zero_optimization", {}))
+    zero = passed.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ConfigError(f"optim.deepspeed.zero_optimization={zero}: needed is a mapping, e.g. {{overlap_comm: true}}.")
     if "stage" in zero:
         raise ConfigError("optim.deepspeed.zero_optimization.stage is derived by distcond; set optim.zero_stage instead.")
     parts = config.cluster.num_workers * optim.accumulation

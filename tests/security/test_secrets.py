@@ -1,0 +1,156 @@
+"""Secrets planted in the environment, the configuration and the git remote never reach a file of a run, a job or the screen."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from distcond.cli import main
+from distcond.redaction import has_password, is_secret, redact
+from distcond.tracking import Tracker
+
+WORD = "hunter2"
+"In every planted secret."
+PLANTED = {
+    "WANDB_API_KEY": f"{WORD}key{'0' * 30}",
+    "HF_TOKEN": f"{WORD}-token",
+    "RAY_AUTH_TOKEN": f"{WORD}-ray-token",
+    "MY_SECRET": f"{WORD}-secret",
+    "DB_PASSWORD": f"{WORD}-password",
+    "WANDB_BASE_URL": f"http://joe:{WORD}-url@127.0.0.1:9",
+}
+URL = f"https://joe:{WORD}@127.0.0.1:9/x"
+
+
+@pytest.fixture(autouse=True)
+def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    for name, value in PLANTED.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    yield
+    found = [file for file in tmp_path.rglob("*") if file.is_file() and WORD.encode() in file.read_bytes()]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (f"no answer at {URL}, but", "no answer at https://***@127.0.0.1:9/x, but"),
+        ("git+ssh://git@host/a and a@b", "git+ssh://***@host/a and a@b"),
+        ("https://host/a@b?c@d", "https://host/a@b?c@d"),
+        ("https://a:p@s@host", "https://***@host"),
+        (f"sent {PLANTED['HF_TOKEN']}.", "sent ***."),
+        ("MY_KEY is short", "MY_KEY is short"),
+    ],
+)
+def test_redacted_text_hides_secrets_and_nothing_else(text: str, shown: str) -> None:
+    assert redact(text, {**PLANTED, "MY_KEY": "short"[:2], "HOME": "no answer"}) == shown
+
+
+def test_what_counts_as_secret() -> None:
+    assert all(is_secret(name) for name in ("WANDB_API_KEY", "hf_token", "Secret", "DB_PASSWORD"))
+    assert not is_secret("WANDB_BASE_URL") and not has_password("ssh://git@host") and has_password(URL)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"train --dry-run data=text data.files=['{URL}']",
+        f"train data=hf data.path=json data.files=['{URL}']",
+        f"train cluster.address='{URL}'",
+        f"train --dry-run seed='{URL}'",
+        f"train --dry-run +a.b='{URL}'",
+        f"train --dry-run optim.deepspeed.comet.api_key={WORD}",
+        f"train --dry-run tracking.mode={PLANTED['HF_TOKEN']}",
+        f"submit train cluster=ray cluster.address='{URL}'",
+        f"submit train --dry-run cluster=ray cluster.address='{URL}'",
+        f"submit train --dry-run cluster=slurm run.name='{URL}'",
+        f"sweep sweep.space.data.files=[['{URL}']]",
+    ],
+)
+def test_a_secret_in_a_configuration_is_refused_and_not_repeated(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words.split(" ")) == 2
+    out, err = capsys.readouterr()
+    assert WORD not in out + err and out == "" and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("variable", ["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"])
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_an_address_from_the_environment_is_shown_without_its_password(
+    variable: str, dry: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, f"http://joe:{WORD}@127.0.0.1:9")
+    assert main(["submit", "train", *dry, "cluster=ray", "run.name=a"]) == (0 if dry else 2)
+    shown = "".join(capsys.readouterr())
+    assert WORD not in shown and "http://***@127.0.0.1:9" in shown
+    if dry:
+        job = json.loads(shown[shown.index("{") : shown.index("\n# package")])
+        assert job["runtime_env"]["env_vars"]["WANDB_BASE_URL"] == "http://127.0.0.1:9"
+
+
+def test_a_batch_script_and_its_configuration_hold_no_secret(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["submit", "train", "cluster=slurm", "run.name=a"]) == 2  # no sbatch here: both are left for it
+    assert (tmp_path / "runs/a/submit.sbatch").is_file() and (tmp_path / "runs/a/submit.yaml").is_file()
+    assert WORD not in "".join(capsys.readouterr())
+
+
+def test_a_failure_and_its_traceback_hide_secrets(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(argv: list[str]) -> int:
+        raise RuntimeError(f"{URL} refuses {PLANTED['HF_TOKEN']}")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setitem(__import__("distcond.cli").cli.VERBS, "train", fail)
+    assert main(["train"]) == 1
+    assert "failed: https://***@127.0.0.1:9/x refuses *** (traceback" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("distcond-*.log"))) == 1
+
+
+@pytest.mark.parametrize("mode", ["offline", "auto"])
+def test_the_mirror_keeps_no_secret(mode: str, tmp_path: Path) -> None:
+    """auto: a key is there, the server is not."""
+    subprocess.run(["git", "init", "-q", "."], check=True)
+    subprocess.run(["git", "remote", "add", "origin", f"https://joe:{WORD}@host/x.git"], check=True)
+    (tmp_path / "run").mkdir()
+    tracker = Tracker(tmp_path / "run", {}, mode, "project", "", "name", "id", 0)
+    tracker.log({"step": 1, "loss": 1.0})
+    log = tmp_path / "run" / "logs" / "wandb.log"
+    deadline = time.monotonic() + 30
+    while mode == "auto" and "credentials for http://127.0.0.1:9 from" not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    tracker.close()
+    subprocess.run(["git", "remote", "remove", "origin"], check=True)
+
+
+@pytest.mark.ray
+def test_a_run_that_fails_keeps_no_secret(tmp_path: Path) -> None:
+    """Its worker is killed, so that it leaves all it can: logs of Ray and of ranks, metrics, wandb's files."""
+    words = ["model=rnn", "data=parity", "model.width=8", "data.num_bits=4", "data.global_batch_size=8", "run.name=a"]
+    words += [
+        "cluster.num_workers=1",
+        "cluster.max_failures=0",
+        "train.max_steps=1000000",
+        "train.log_every=1",
+        "checkpoint.every=2",
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"WANDB_MODE": "offline"}
+    with (tmp_path / "screen").open("w") as screen:
+        command = [sys.executable, "-m", "distcond", "train", *words]
+        run = psutil.Popen(command, env=environment, stdout=screen, stderr=screen)
+    folder = tmp_path / "runs" / "a"
+    while run.poll() is None and not ((folder / "checkpoints" / "latest").exists() and (folder / "wandb").exists()):
+        time.sleep(0.1)
+    for process in run.children(recursive=True):
+        if "RayTrainWorker" in "".join(process.cmdline()):
+            process.kill()
+    assert run.wait(60) == 1
+    assert "distcond: failed: worker 0 lost" in (tmp_path / "screen").read_text()
+    assert any((folder / "logs" / "ray_session").glob("raylet*"))
