@@ -1,12 +1,13 @@
 """DeepSpeed's configuration: what a run decides is derived, what it does not decide passes through."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from distcond.errors import ConfigError
 from distcond.train.deepspeed_options import DERIVED_KEYS, deepspeed_options
-from tests.helpers import small_config
+from tests.helpers import run_ranks, small_config, train_here
 
 
 def test_options_are_derived_from_the_run() -> None:
@@ -36,3 +37,15 @@ def test_derived_option_is_refused_with_what_to_set_instead(options: dict[str, A
     line = str(refused.value)
     assert line.startswith(f"optim.deepspeed.{key} is derived by distcond; set ") and "\n" not in line
     assert any(name in line for name in ("optim.", "data.", "cluster."))
+
+
+def test_deepspeed_calls_nothing_that_it_is_given(tmp_path: Path) -> None:
+    call = {"_target_": "os.mkdir", "path": str(tmp_path / "canary")}
+    options = {**call, "nobody_knows": call, "zero_optimization": {"overlap_comm": False}}
+    run_ranks(train_here, 1, small_config(tmp_path, train__max_steps=1, optim__deepspeed=options))
+    assert not (tmp_path / "canary").exists()
+
+
+def test_options_of_zero_are_a_mapping() -> None:
+    with pytest.raises(ConfigError, match=r"optim\.deepspeed\.zero_optimization=5: needed is a mapping"):
+        deepspeed_options(small_config("runs", optim__deepspeed={"zero_optimization": 5}))
