@@ -17,6 +17,10 @@ MAX_VALUES = 100_000
 "Of a file, once its aliases are written out: ten lines of YAML can stand for 10**9 values."
 MAX_DEPTH = 50
 "Of mappings and lists inside of each other; a run has 3."
+PATHS = ("run.dir", "run.name", "sweep.name", "data.cache_dir")
+"Keys whose texts become names of folders."
+MAX_NAME, MAX_PATH = 200, 3000
+"Bytes; file systems have 255 and 4096, and some are added."
 FUNCTIONS = ("now", "oc.select")
 "What `${name:...}` may call: the time, and another key with a default. No environment, no files, no code."
 
@@ -52,10 +56,16 @@ def check_values(values: Any) -> None:
                 f"{key} holds a password, key or token, which config.yaml, wandb and a cluster's jobs would show; "
                 "give it by an environment variable or ~/.netrc.",
             )
+            need(key not in PATHS or _is_path(value), f"{key}={value[:MAX_NAME]!r} is too long for a folder, or no plain text.")
         elif isinstance(value, float):
             need(math.isfinite(value), f"{key}={value}: needed is a finite number.")
         elif isinstance(value, int):
             need(abs(value) < 2**63, f"{key} is a number of {value.bit_length()} bits; needed is one below 2**63.")
+
+
+def _is_path(text: str) -> bool:
+    data = text.encode("utf-8", "replace")
+    return text.isprintable() and len(data) <= MAX_PATH and max(map(len, data.split(b"/"))) <= MAX_NAME
 
 
 def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from distcond.cli import main
 from distcond.compose import compose, from_dict, load_config, override
 from distcond.config import Config
-from distcond.config.files import FUNCTIONS
+from distcond.config.files import FUNCTIONS, PATHS
 from distcond.errors import ConfigError
 
 SECRET = "hunter2hunter2"
@@ -194,3 +194,13 @@ def test_other_users_of_omegaconf_keep_their_functions() -> None:
     assert {name: OmegaConf.has_resolver(name) for name in before} == before
     node: Any = OmegaConf.create({"a": LEAK})
     assert node.a == os.environ["PLANTED_VALUE"]
+
+
+@pytest.mark.parametrize("key", PATHS)
+@pytest.mark.parametrize("text", ["x" * 201, "x/" * 2000, "a\0b", "a\nb", "\udcff"], ids=["name", "path", "NUL", "line", "byte"])
+def test_a_folder_that_cannot_be_made_is_refused(key: str, text: str) -> None:
+    if key.endswith("name"):
+        text = text.replace("/", "x")
+    with pytest.raises(ConfigError, match=rf"^{key}=.* is too long for a folder, or no plain text\.$"):
+        override(Config(), {key: text})
+    assert override(Config(), {key: "é" * 100})
