@@ -114,8 +114,14 @@ def compose_node(overrides: Sequence[str], config_dir: str | None = None) -> Dic
     with _user_errors(), hydra.initialize_config_dir(str(resource_dir("conf")), version_base=VERSION_BASE):
         for given in overrides:
             check_references(given, given)  # a file of a group may be named by one, which Hydra fills in at once
+        try:
+            node = hydra.compose("config", [*search, *overrides])
+        except (TypeError, AttributeError, AssertionError) as error:  # so Hydra fails, e.g. at data=[null]
+            raise ConfigError(
+                f"{' '.join(overrides)}: these groups, or a file's defaults, cannot be composed ({error})."
+            ) from error
         # NOTE: typed anew, because Hydra lets `+model.tree.dpth=3` add a key that the dataclass does not have.
-        return _typed(hydra.compose("config", [*search, *overrides]))
+        return _typed(node)
 
 
 def nearest(given: str, real: Iterable[str]) -> str:

@@ -100,6 +100,7 @@ def test_interpolations_are_resolved() -> None:
         ("~model.tree.depth", "does not support deletion"),
         ("+model=rnn", "Multiple values for model."),
         ("model=null", "Config group override must be a string or a list."),
+        ("data=[null]", "data=[null]: these groups, or a file's defaults, cannot be composed"),
         ("hydra.run.dir=x", "hydra.run.dir=x: Hydra's own settings have no effect on a run"),
     ],
 )
