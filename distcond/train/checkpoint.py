@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distcond.errors import RunError
 from distcond.train.run_folder import write_json
+from distcond.train.table_files import read_tensors
 
 FORMAT_VERSION = 1
 STATE, MANIFEST, DENSE, LATEST = "state.json", "manifest.json", "dense.safetensors", "latest"
@@ -64,7 +65,7 @@ def verified(checkpoint: Path) -> Path:
     manifest_file = checkpoint / MANIFEST
     if not manifest_file.exists():
         raise RunError(f"{checkpoint} is not a checkpoint: {MANIFEST} is missing; choose another step.")
-    manifest = _read_manifest(manifest_file)
+    manifest = _read_object(manifest_file)
     for extra in {file.name for file in checkpoint.iterdir()} - manifest.keys() - {MANIFEST}:
         raise RunError(f"{checkpoint / extra} does not belong to the checkpoint; remove it or choose another step.")
     for name, expected in manifest.items():
@@ -74,19 +75,19 @@ def verified(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def _read_manifest(file: Path) -> dict[str, Any]:
+def _read_object(file: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(file.read_bytes())
-    except ValueError:
-        manifest = None
-    if not isinstance(manifest, dict):
+        value = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
         raise RunError(f"{file} is damaged (it is no JSON object); choose another step.")
-    return manifest
+    return value
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """What `state.json` says. Raises RunError for a format this version does not read."""
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+    state = _read_object(checkpoint / STATE)
     if state.get("format_version") != FORMAT_VERSION:
         raise RunError(f"{checkpoint} has format {state.get('format_version')}; this version reads {FORMAT_VERSION}.")
     return state
@@ -94,7 +95,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def read_dense(checkpoint: Path, model: nn.Module) -> dict[str, Tensor]:
     """The dense tensors; the model's buffers are set from the same file. Raises RunError where names or shapes differ."""
-    tensors = load_file(checkpoint / DENSE)
+    tensors = read_tensors(checkpoint / DENSE)
     for name, buffer in model.named_buffers():
         buffer.copy_(_expect(tensors, f"buffers/{name}", buffer.shape, checkpoint))
     for name, parameter in model.named_parameters():

@@ -1,6 +1,7 @@
 """How long a step of a run takes, before it is started: `--dry-run` says from it what a crash can cost."""
 
 import json
+import os
 import statistics
 import time
 from pathlib import Path
@@ -62,7 +63,7 @@ def _timed(config: Config) -> float:
     is_text, input_size, output_size, length = sizes(config.data)
     task = None if is_text else GENERATED[config.data.name](config.data)
     num_classes = 256 if task is None else task.num_classes
-    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    torch.set_num_threads(min(max(1, int(config.cluster.cpus_per_worker)), os.cpu_count() or 1))
     use_kernels(config.cluster.kernels.value)
     shape = {"input_size": input_size, "output_size": output_size, "num_classes": num_classes}
     learner = build_learner(config.model, is_text=is_text, **shape)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -66,16 +67,24 @@ def load_tables(folder: Path, model: nn.Module, *, rank: int = 0, size: int = 1)
     own, files = folder / FILE_NAME.format(rank, size), sorted(folder.glob(ANY_FILE))
     if not files:
         raise RunError(f"{folder} holds no node tables; give a checkpoint written by an engine of distcond.initialize.")
-    parts = [load_file(own)] if own in files else []
+    parts = [read_tensors(own)] if own in files else []
     same_plan = bool(parts) and all(_is_placed_alike(name, layer, parts[0]) for name, layer in layers.items())
     if not same_plan:
-        parts = [load_file(file) for file in files]
+        parts = [read_tensors(file) for file in files]
     for name, layer in layers.items():
         _load_layer(name, layer, parts, folder)
         _load_plan(name, layer, parts[0] if same_plan else {})
         if not same_plan:
             layer.keep_own(rank)
     return float(parts[0][LOG_DECAY])
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name. Raises RunError for any other file."""
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise RunError(f"{file} is no safetensors file ({error}); choose another step.") from error
 
 
 def _is_placed_alike(name: str, layer: TreeLinear, part: dict[str, Tensor]) -> bool:
