@@ -46,3 +46,17 @@ def test_the_code_map_names_every_sub_package() -> None:
     for folder in (ROOT / "distcond").iterdir():
         if (folder / "__init__.py").exists():
             assert f"{folder.name}/" in README
+
+
+@pytest.mark.parametrize("readme", ["README.md", "conf/README.md", "launch/README.md"])
+def test_links_lead_to_files(readme: str) -> None:
+    file = ROOT / readme
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", file.read_text()):
+        assert (file.parent / target).exists(), f"{target} in {readme}"
+
+
+def test_every_promise_is_linked_to_its_test() -> None:
+    section = README.split("## Never lose a step")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")][2:]
+    assert len(rows) >= 13
+    assert all(re.search(r"\]\(tests/[\w/]+\.py\) \|$", row) for row in rows)
