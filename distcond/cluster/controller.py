@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from distcond.cluster.policy import Ask
-from distcond.errors import UserError
+from distcond.errors import TrainingError, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,10 @@ class Job:
     "Called on every rank before it, with address and port of rank 0."
     ask: Ask
     max_failures: int
+    hang_timeout_s: float
+    "How long a worker may leave a question unanswered."
+    wait_for_ranks: Callable[[], None]
+    "Returns when no worker of an earlier start writes any more; raises a UserError if that does not come."
     logs: Path
     "Absolute folder for Ray Train's own files."
     started_file: Path
@@ -40,7 +44,8 @@ class Outcome:
 
     summary: dict[str, Any] = field(default_factory=dict)
     "What rank 0 returned."
-    user_error: UserError | None = None
+    last_word: UserError | TrainingError | None = None
+    "What a rank found that no other attempt would change."
     failures: Mapping[int, str] = field(default_factory=dict)
     "Rank -> what happened to it, in one line."
     error: str = ""

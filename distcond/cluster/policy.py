@@ -10,7 +10,19 @@ from distcond.config import ClusterConfig
 from distcond.errors import ClusterError
 
 LOST = "lost"
-"What is said of a worker whose process or node is gone; anything else is an error that the worker itself raised."
+"What is said of a worker whose process or node is gone."
+SILENT = "did not answer"
+"What is said of a worker that was asked for cluster.hang_timeout_s in vain, and was killed therefore."
+STUCK = "stood still"
+"How what is said of a worker begins that answers, but trains no more."
+OUT_OF_MEMORY = "ran out of memory"
+"How what is said of a worker begins that could not allocate, or was killed for want of memory."
+KINDS = (OUT_OF_MEMORY, SILENT, LOST, STUCK)
+"What else than an error of its own may be said of a worker; the first one that is said of any is the cause."
+LESS_MEMORY = (
+    "lower data.global_batch_size, data.context, model.width or model.tree.max_nodes, or raise optim.accumulation or "
+    "optim.zero_stage"
+)
 ROUNDING = 1e-4
 "Ray counts resources in units of this size."
 
@@ -82,26 +94,45 @@ def should_restart(
 
     failures, before: rank -> what happened, now and at the previous failure, if there was one; empty where the workers did
     not even start. An error that comes back before anything was achieved in between is not bad luck: one more attempt would
-    only repeat it.
+    only repeat it. Nor is memory, even if its place or amount differ.
     """
-    is_repeated = failures == before and not has_progressed and LOST not in failures.values()
+    is_bad_luck = not {LOST, SILENT}.isdisjoint(failures.values())
+    is_short_again = all(_of_kind(each or {}, OUT_OF_MEMORY) for each in (failures, before))
+    is_repeated = not has_progressed and (is_short_again or (failures == before and not is_bad_luck))
     return count <= allowed and not is_repeated
 
 
 def restart_line(failures: Mapping[int, str], count: int, allowed: int) -> str:
     """What to tell the user about a restart after the `count`-th failure."""
-    lost = [rank for rank, reason in failures.items() if reason == LOST]
-    # NOTE: when a worker is lost, the others fail too, for want of it; the cause is the lost one.
-    what = f"worker {_join(lost)} lost" if lost else failure_line(failures)
-    return f"Restarting: {what} (failure {count} of {allowed} allowed)."
+    return f"Restarting: {failure_line(failures)} (failure {count} of {allowed} allowed)."
 
 
 def failure_line(failures: Mapping[int, str]) -> str:
-    """The failure of the lowest rank, in words."""
+    """The failure of `culprits`, in words."""
     if not failures:
         return "the workers could not be started"
-    rank = min(failures)
-    return f"worker {rank} {LOST}" if failures[rank] == LOST else f"worker {rank} failed: {failures[rank]}"
+    ranks = culprits(failures)
+    reason = failures[ranks[0]]
+    kind = _kind(reason)
+    what = reason if kind else f"failed: {reason}"
+    return f"worker {', '.join(map(str, ranks))} {what}" + (f"; {LESS_MEMORY}" if kind == OUT_OF_MEMORY else "")
+
+
+def culprits(failures: Mapping[int, str]) -> list[int]:
+    """The ranks for want of which the others fail: those of the first of KINDS that there is, else the lowest one."""
+    for kind in KINDS:
+        if ranks := _of_kind(failures, kind):
+            return ranks
+    return [min(failures)]
+
+
+def _kind(reason: str) -> str:
+    """Which of KINDS; empty: an error of the worker's own."""
+    return next((kind for kind in KINDS if reason.startswith(kind)), "")
+
+
+def _of_kind(failures: Mapping[int, str], kind: str) -> list[int]:
+    return sorted(rank for rank, reason in failures.items() if _kind(reason) == kind)
 
 
 def _advice(resource: str, num_workers: int, per_worker: float, available: float) -> str:
@@ -111,7 +142,3 @@ def _advice(resource: str, num_workers: int, per_worker: float, available: float
     if resource == "GPU":
         return " or ".join(fewer) or "cluster.gpus_per_worker=0"
     return " or ".join([*fewer, *([f"cluster.cpus_per_worker={share:g}"] if share else [])])
-
-
-def _join(ranks: list[int]) -> str:
-    return ", ".join(map(str, sorted(ranks)))

@@ -10,27 +10,29 @@ NOTE: `ray.train.v2._internal` is the price; it is why pyproject.toml pins Ray t
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ray.train
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.accelerators import AcceleratorSetupCallback
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2._internal.util import ObjectRefWrapper
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from distcond.cluster.controller import Job, Outcome
-from distcond.cluster.policy import LOST, restart_line, should_restart
-from distcond.errors import UserError
+from distcond.cluster.memory import NoMemoryError, kernel_kills
+from distcond.cluster.policy import LOST, OUT_OF_MEMORY, SILENT, restart_line, should_restart
+from distcond.cluster.pulse import StuckError
+from distcond.errors import TrainingError, UserError
 
 ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 "Seconds between looks at the workers (Ray: 2), which is how soon an end, an error or a lost worker is noticed."
@@ -40,8 +42,9 @@ def run_workers(job: Job) -> Outcome:
     """Run the job's functions on its workers until they have returned or there is no point in another attempt."""
     # NOTE: what Ray Train finds here when it starts workers, it would make an environment of their own.
     os.environ.update(ENVIRONMENT)
+    restarts = _Restarts(job)
     try:
-        controller = TrainController(**_parts(job))
+        controller = TrainController(**_parts(job, restarts))
     finally:
         for name in ENVIRONMENT:
             del os.environ[name]
@@ -49,18 +52,15 @@ def run_workers(job: Job) -> Outcome:
     result = controller.get_result()
     if result.error is None:
         return Outcome(summary=result.return_value)
-    errors = _errors(result.error)
-    user_errors = [error for _, error in sorted(errors.items()) if isinstance(error, UserError)]
-    return Outcome(user_error=user_errors[0] if user_errors else None, failures=_describe(errors), error=str(result.error))
+    return Outcome(last_word=_last_word(result.error), failures=restarts.failures(result.error), error=str(result.error))
 
 
-def _parts(job: Job) -> dict[str, Any]:
+def _parts(job: Job, restarts: FailurePolicy) -> dict[str, Any]:
     scaling = ScalingConfig(
         num_workers=job.ask.num_workers, resources_per_worker=job.ask.bundle, use_gpu=job.ask.gpus_per_worker > 0
     )
-    failure = FailureConfig(max_failures=job.max_failures)
     context = TrainRunContext(
-        run_config=RunConfig(name="train", storage_path=str(job.logs / "ray"), failure_config=failure),
+        run_config=RunConfig(name="train", storage_path=str(job.logs / "ray"), failure_config=restarts.failure_config),
         train_loop_config=None,
         scaling_config=scaling,
         backend_config=BackendConfig(),
@@ -70,8 +70,8 @@ def _parts(job: Job) -> dict[str, Any]:
         "train_fn_ref": ObjectRefWrapper(job.train),
         "train_run_context": context,
         "scaling_policy": _FixedSize(scaling),
-        "failure_policy": _Restarts(failure, job),
-        "callbacks": [AcceleratorSetupCallback(_SharedGpus(), scaling), _Join(job.join)],
+        "failure_policy": restarts,
+        "callbacks": [AcceleratorSetupCallback(_SharedGpus(), scaling), _Group(job)],
     }
 
 
@@ -87,15 +87,24 @@ class _SharedGpusBackend(Backend):  # type: ignore[misc]  # Ray is untyped
     share_cuda_visible_devices = True
 
 
-class _Join(WorkerGroupCallback):  # type: ignore[misc]  # Ray is untyped
-    """Makes the workers one process group."""
+class _Group(WorkerGroupCallback):  # type: ignore[misc]  # Ray is untyped
+    """Makes the workers one process group. NOTE: Ray's node ends those that do not answer, even stopped ones, by SIGKILL."""
 
-    def __init__(self, join: Callable[[str, int], None]) -> None:
-        self._join = join
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        self._job.wait_for_ranks()
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        address, port = worker_group.execute_single(0, get_address_and_port)
-        worker_group.execute(self._join, address, port)
+        worker_group._worker_health_check_timeout_s = self._job.hang_timeout_s
+        try:
+            address, port = worker_group.execute_single(0, get_address_and_port)
+            ray.get(worker_group.execute_async(self._job.join, address, port), timeout=self._job.hang_timeout_s)
+        except BaseException:
+            # NOTE: Ray Train ends the workers, and gives back their cores, of a group only that counts as not started.
+            worker_group._clear_state()
+            raise
 
 
 class _FixedSize(ControllerCallback):  # type: ignore[misc]  # Ray is untyped
@@ -114,17 +123,17 @@ class _FixedSize(ControllerCallback):  # type: ignore[misc]  # Ray is untyped
 class _Restarts(FailurePolicy):  # type: ignore[misc]  # Ray is untyped
     """Asks policy.py whether to start the workers again, and leaves a line for the user where it does."""
 
-    def __init__(self, failure_config: FailureConfig, job: Job) -> None:
-        super().__init__(failure_config)
+    def __init__(self, job: Job) -> None:
+        super().__init__(FailureConfig(max_failures=job.max_failures))
         self._job = job
+        self._kernel_kills = kernel_kills()
         self._count, self._size = 0, 0
         self._before: Mapping[int, str] | None = None
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        errors = _errors(training_failed_error)
-        if any(isinstance(error, UserError) for error in errors.values()):
+        if _last_word(training_failed_error):
             return FailureDecision.RAISE
-        failures, allowed = _describe(errors), self.failure_config.max_failures
+        failures, allowed = self.failures(training_failed_error), self.failure_config.max_failures
         size = self._job.metrics.stat().st_size if self._job.metrics.exists() else 0
         self._count += 1
         if not should_restart(failures, self._before, size != self._size, self._count, allowed):
@@ -135,17 +144,32 @@ class _Restarts(FailurePolicy):  # type: ignore[misc]  # Ray is untyped
         self._job.started_file.unlink(missing_ok=True)
         return FailureDecision.RETRY
 
+    def failures(self, error: TrainingFailedError) -> dict[int, str]:
+        """What happened to each rank that failed, in a line."""
+        lost = LOST if kernel_kills() == self._kernel_kills else f"{OUT_OF_MEMORY}: the kernel ended a process of its machine"
+        return {rank: _one_line(failure, lost) for rank, failure in _errors(error).items()}
+
 
 def _errors(error: TrainingFailedError) -> dict[int, Exception]:
     return dict(error.worker_failures) if isinstance(error, WorkerGroupError) else {}
 
 
-def _describe(errors: Mapping[int, Exception]) -> dict[int, str]:
-    return {rank: _one_line(error) for rank, error in errors.items()}
+def _last_word(error: TrainingFailedError) -> UserError | TrainingError | None:
+    """What the controller itself, or the lowest rank that did, found that no other attempt would change."""
+    found = [error.controller_failure] if isinstance(error, ControllerError) else [e for _, e in sorted(_errors(error).items())]
+    return next((failure for failure in found if isinstance(failure, (UserError, TrainingError))), None)
 
 
-def _one_line(error: Exception) -> str:
-    if isinstance(error, (WorkerHealthCheckFailedError, RayActorError)):
-        return LOST
+def _one_line(error: Exception, lost: str) -> str:
+    if isinstance(error, WorkerHealthCheckFailedError):
+        error = error.health_check_failure
+    if isinstance(error, (NoMemoryError, StuckError)):
+        return str(error)
+    if isinstance(error, OutOfMemoryError):  # Ray's: it watches the memory of a node, and kills before the kernel would
+        return f"{OUT_OF_MEMORY}: its node is full, so that Ray ended it"
+    if isinstance(error, WorkerHealthCheckTimeoutError):
+        return SILENT
+    if isinstance(error, RayActorError):
+        return lost
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -19,11 +19,13 @@ import psutil
 from rich.console import Console
 
 from distcond.cluster.local import preflight, ray_session
-from distcond.cluster.policy import ask_of, failure_line, threads_per_worker
+from distcond.cluster.policy import ask_of, culprits, failure_line, threads_per_worker
 from distcond.cluster.progress import Progress, Tail, duration
+from distcond.cluster.reaper import reaped
 from distcond.compose import load_config, override, save_config, to_dict
 from distcond.config import Config
 from distcond.data import absolute_paths, build_task
+from distcond.errors import RunError, TrainingError, UserError
 from distcond.train.deepspeed_options import deepspeed_options
 from distcond.train.run_folder import RunFolder, check_continues
 
@@ -33,14 +35,12 @@ if TYPE_CHECKING:
 # NOTE: Ray is imported inside the functions, so that what cannot run is refused in less time than its import takes.
 
 POLL_INTERVAL_S = 0.1
+RANKS_TIMEOUT_S = 15.0
+"How long ranks of a killed command, which end 2 s after it, are waited for."
 STATUS_INTERRUPTED = 130
 "Exit status after a second Ctrl-C, as shells have it."
 RESTARTS = "restarts.log"
-"In the folder of logs: a line for the user at each restart of the workers."
-
-
-class TrainingError(RuntimeError):
-    """A run that failed for a reason which is not the user's; the message names the log to read."""
+"In the folder of logs: lines for the user, at each restart of the workers and from rank 0."
 
 
 def name_run(config: Config) -> Config:
@@ -54,6 +54,8 @@ def prepare_run(config: Config) -> Path:
 
     Raises RunError where another process writes to it, or where it holds a different run.
     """
+    if config.run.fork:
+        raise RunError("run.fork=true starts one new run by `distcond train`; leave it out here.")
     folder = run_folder(config)
     with folder.locked():
         if folder.config_file.exists():
@@ -87,18 +89,22 @@ def fit(config: Config, *, wait_for: Callable[[str], None] = lambda what: None) 
         settings=to_dict(config),
         num_threads=threads_per_worker(ask),
         started_file=started_file,
+        notes_file=folder.logs / RESTARTS,
     )
     job = Job(
         train=rank.train,
         join=rank.join,
         ask=ask,
         max_failures=config.cluster.max_failures,
+        hang_timeout_s=config.cluster.hang_timeout_s,
+        wait_for_ranks=partial(folder.wait_for_ranks, RANKS_TIMEOUT_S),
         logs=folder.logs,
         started_file=started_file,
         restarts_file=folder.logs / RESTARTS,
         metrics=folder.metrics,
     )
     with folder.locked():
+        folder.wait_for_ranks(RANKS_TIMEOUT_S)
         shutil.rmtree(folder.logs / "ray", ignore_errors=True)
         started_file.unlink(missing_ok=True)
         wait_for(f"{ask.num_workers} workers")
@@ -127,11 +133,11 @@ def _follow(job: "Job", folder: RunFolder, outcome: Any, wait_for: Callable[[str
         end = ray.get(outcome)
     except RayError as error:
         raise TrainingError(f"the process that watches the workers failed; see {folder.logs}.") from error
-    if end.user_error is not None:
-        raise end.user_error
+    if end.last_word is not None:
+        raise end.last_word
     if end.error:
         what = failure_line(end.failures) if end.failures else end.error.splitlines()[-1]
-        log = f"rank_{min(end.failures)}.log" if end.failures else "ray_driver.log"
+        log = f"rank_{culprits(end.failures)[0]}.log" if end.failures else "ray_driver.log"
         raise TrainingError(f"{what}; see {folder.logs / log}.")
     summary: dict[str, Any] = end.summary
     return summary
@@ -148,10 +154,13 @@ def launch(config: Config) -> dict[str, Any]:
     preflight(config.cluster)
     config = name_run(config)
     config = replace(config, data=absolute_paths(config.data))  # workers run in other folders
-    prepare_run(config)
     build_task(config.data)  # prepares a text, or refuses it, before anything is started
-    folder, console = run_folder(config), Console()
-    has_ray = threading.Event()
+    console, is_fork = Console(), config.run.fork
+    if is_fork:
+        config = _forked(config, console)
+    prepare_run(config)
+    folder = run_folder(config)
+    has_ray, num_signals = threading.Event(), 0
     with _signals() as count_signals, Progress(console, folder.metrics, config.train.max_steps) as progress:
         run = _in_thread(partial(_run, config, progress.wait_for, has_ray))
         restarts = Tail(folder.logs / RESTARTS)
@@ -165,7 +174,19 @@ def launch(config: Config) -> dict[str, Any]:
             if num_signals and not folder.stop_file.exists():
                 folder.stop_file.touch()
                 progress.note("Stopping, after this step and a checkpoint; once more stops at once, without them.")
-    summary = run.result()
+    try:
+        summary = run.result()
+    except UserError:
+        if is_fork and not folder.metrics.exists():
+            shutil.rmtree(folder.path)  # what cannot be loaded is no run
+        raise
+    except TrainingError:
+        if not num_signals:
+            raise
+        # Whoever ended this run ended Ray's processes by the same signal, e.g. systemd or `timeout`.
+        before = json.loads(folder.summary_file.read_text()) if folder.summary_file.exists() else {}
+        summary = {**before, "stopped": True}
+        console.print("Stopped without a checkpoint, for Ray's processes were ended too.", markup=False, highlight=False)
     for line in closing_lines(folder.path, summary, config.train.max_steps, time.monotonic() - start):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if summary.get("stopped"):
@@ -186,9 +207,19 @@ def closing_lines(path: Path, summary: Mapping[str, Any], max_steps: int, second
     ]
 
 
+def _forked(config: Config, console: Console) -> Config:
+    # NOTE: torch, which reads checkpoints, takes 2 s to import; nothing else here needs it.
+    from distcond.train.fork import fork_run
+
+    forked, step = fork_run(config)
+    line = f"fork  {config.run.name} at step {step} goes on as run.name={forked.run.name}"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return forked
+
+
 def _run(config: Config, wait_for: Callable[[str], None], has_ray: threading.Event) -> dict[str, Any]:
     wait_for("Ray")
-    with ray_session(config.cluster, run_folder(config).logs):
+    with ray_session(config.cluster, run_folder(config).logs), reaped([p.pid for p in psutil.Process().children(recursive=True)]):
         has_ray.set()
         return fit(config, wait_for=wait_for)
 

@@ -1,7 +1,9 @@
 """What runs in each Ray Train worker: one rank of a run."""
 
+import ctypes
 import logging
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -9,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from distcond.cluster.feeder import RayFeeder
+from distcond.cluster.memory import out_of_memory
+from distcond.cluster.pulse import Pulse
 from distcond.config import Config
 from distcond.train.run_folder import RunFolder
 
@@ -17,6 +21,7 @@ from distcond.train.run_folder import RunFolder
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 "How long a rank waits for the others, e.g. while rank 0 writes a large checkpoint."
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +34,8 @@ class Rank:
     num_threads: int
     started_file: Path
     "Created by rank 0 when training begins."
+    notes_file: Path
+    "Gets what rank 0 has to tell the user, line by line."
 
     def join(self, address: str, port: int) -> None:
         """Become one of the ranks: own log file, environment, threads, process group with rank 0 at address:port."""
@@ -36,6 +43,7 @@ class Rank:
 
         context = ray.train.get_context()
         rank, world_size = context.get_world_rank(), context.get_world_size()
+        _end_with_parent()
         _log_to(_folder(self.config).logs / f"rank_{rank}.log", rank)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR=address, MASTER_PORT=str(port))
         os.environ.update(LOCAL_RANK=str(context.get_local_rank()), LOCAL_WORLD_SIZE=str(context.get_local_world_size()))
@@ -58,6 +66,7 @@ class Rank:
         context = ray.train.get_context()
         rank = context.get_world_rank()
         feeder = RayFeeder(self.config, rank, context.get_world_size())
+        pulse = Pulse(feeder, self.config.cluster.hang_timeout_s, _error_queue().put)
         folder = _folder(self.config)
         try:
             import torch
@@ -66,11 +75,37 @@ class Rank:
 
             if rank == 0:
                 self.started_file.touch()
-            summary = run_training(self.config, folder, feeder, self.settings)
+            with folder.writing():
+                summary = run_training(self.config, folder, pulse, self.settings, self._note)
             torch.distributed.destroy_process_group()
             return summary
+        except (MemoryError, RuntimeError) as error:
+            if short := out_of_memory(error):
+                raise short from error
+            raise
         finally:
+            pulse.close()
             feeder.close()
+
+    def _note(self, line: str) -> None:
+        with self.notes_file.open("a") as file:
+            file.write(f"{line}\n")
+
+
+def _end_with_parent() -> None:
+    """Have the kernel kill this process with Ray's of this node, which ends with the command.
+
+    NOTE: a rank would notice by itself, 2 s later, but not while it is stopped.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _error_queue() -> Any:
+    """Where Ray Train looks for errors of this worker that are not raised by the training function."""
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().execution_context.training_thread_runner.get_exception_queue()
 
 
 def _folder(config: Config) -> RunFolder:

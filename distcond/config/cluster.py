@@ -31,6 +31,9 @@ class ClusterConfig:
     "torch: plain torch, everywhere. native: fp32 trees and recurrent cells on CPUs by C, compiled once by gcc."
     max_failures: int = 3
     "Restarts of the workers after a crash before the run gives up; >= 0."
+    hang_timeout_s: float = 600.0
+    "Seconds without a sign of life, or from one batch to the next, after which workers are restarted; above the longest step, "
+    "compilation and checkpoint; > 0."
     partition: str = ""
     "slurm: partition; empty: the cluster's default."
     time_limit: str = "04:00:00"
@@ -41,6 +44,7 @@ class ClusterConfig:
         need(self.cpus_per_worker > 0, f"cluster.cpus_per_worker={self.cpus_per_worker} is not positive.")
         need(self.gpus_per_worker >= 0, f"cluster.gpus_per_worker={self.gpus_per_worker} is negative.")
         need(self.max_failures >= 0, f"cluster.max_failures={self.max_failures} is negative; use 0 or more.")
+        need(self.hang_timeout_s > 0, f"cluster.hang_timeout_s={self.hang_timeout_s} is not positive; use seconds, e.g. 600.")
         size = self.expert_parallel_size
         need(
             size is None or (size >= 1 and self.num_workers % size == 0),

@@ -30,12 +30,15 @@ class RunConfig:
     "Name of the run; a name used again continues that run; empty: made from model, data and time."
     dir: str = "runs"
     "Folder of run folders."
+    fork: bool = False
+    "Start a new run, `<name>-fork`, from the newest checkpoint of run.name; any other settings may then differ."
 
     def __post_init__(self) -> None:
         need(
             "/" not in self.name and self.name not in {".", ".."},
             f"run.name={self.name!r} must be a plain folder name; put the folder into run.dir.",
         )
+        need(bool(self.name) or not self.fork, "run.fork=true needs the run to start from; give run.name.")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ MAY_CHANGE = (
     "data.cache_dir",
 )
 "Keys, by prefix, that may differ when a run is continued: length, logging, workers, ZeRO stage."
+RANKS_POLL_S = 0.1
 
 
 class RunFolder:
@@ -39,6 +41,7 @@ class RunFolder:
         self.logs = path / "logs"
         self.stop_file = path / "stop"
         self.lock_file = path / "lock"
+        self.ranks_file = path / "logs" / "ranks"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -52,9 +55,37 @@ class RunFolder:
                 holder = lock.read().strip() or "another process"
                 raise RunError(f"{self.path} is being written by {holder}; wait for it, or use another run.name.") from busy
             lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {platform.node()}")
+            lock.write(_this_process())
             lock.flush()
             yield
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Mark this process as a rank that writes into the folder; the mark dies with the process."""
+        self.ranks_file.parent.mkdir(exist_ok=True)
+        with self.ranks_file.open("a") as ranks:
+            fcntl.flock(ranks, fcntl.LOCK_SH)
+            ranks.write(f"{_this_process()}\n")
+            ranks.flush()
+            yield
+
+    def wait_for_ranks(self, timeout_s: float) -> None:
+        """Wait until no rank writes any more: those of a killed command end a moment after it. Raises RunError if they do not."""
+        if not self.ranks_file.exists():
+            return
+        end = time.monotonic() + timeout_s
+        with self.ranks_file.open("r+") as ranks:
+            while True:
+                try:
+                    fcntl.flock(ranks, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    ranks.truncate(0)
+                    return
+                except OSError as busy:
+                    if time.monotonic() > end:
+                        who = ", ".join(ranks.read().splitlines())
+                        line = f"{self.path} is still being written by ranks of an earlier start, among {who}; end those first."
+                        raise RunError(line) from busy
+                time.sleep(RANKS_POLL_S)
 
 
 def check_continues(old: Config, new: Config, folder: Path) -> None:
@@ -69,7 +100,10 @@ def check_continues(old: Config, new: Config, folder: Path) -> None:
         if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE)
     ]
     if differ:
-        raise RunError(f"{folder} holds a run with other settings: {'; '.join(differ)}; use another run.name.")
+        raise RunError(
+            f"{folder} holds a run with other settings: {'; '.join(differ)}; use another run.name, or run.fork=true to start a "
+            "new run from its newest checkpoint."
+        )
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -77,6 +111,10 @@ def write_json(file: Path, value: Any) -> None:
     temporary = file.with_name(f".{file.name}.tmp")
     temporary.write_text(json.dumps(value, indent=2) + "\n")
     temporary.replace(file)
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {platform.node()}"
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -79,18 +79,23 @@ def test_the_actor_is_small_and_on_the_node_of_its_worker(feeder: RayFeeder) -> 
     assert inside(feeder, lambda: ray.get_runtime_context().get_node_id()) == ray.get_runtime_context().get_node_id()
 
 
-def test_no_batch_is_lost_or_repeated_when_the_actor_is_killed(config: Config) -> None:
+def test_no_batch_is_lost_or_repeated_and_none_takes_5_s_when_the_actor_is_killed(config: Config) -> None:
     local, feeder = LocalFeeder(config, RANK, WORLD_SIZE), RayFeeder(config, RANK, WORLD_SIZE)
-    pids = set()
-    for step in range(9):
+    pids, pauses_s = set(), []
+    for step in range(15):
         if step % 3 == 1:
             pids.add(pid := inside(feeder, os.getpid))
             os.kill(pid, signal.SIGKILL)
             time.sleep(0.02 * step)  # dead before, or while, the next batch is asked for
         for micro in range(2):
-            assert_same(feeder.get(step, micro), local.get(step, micro))
+            start = time.monotonic()
+            batch = feeder.get(step, micro)
+            pauses_s.append(time.monotonic() - start)
+            assert_same(batch, local.get(step, micro))
     assert_same(feeder.validation(0), local.validation(0))
-    assert len(pids) == 3
+    assert len(pids) == 5
+    print("pauses", [round(pause, 2) for pause in pauses_s])
+    assert max(pauses_s[2:]) < 5  # the first batch waits for the actor to start
     feeder.close()
 
 
@@ -104,3 +109,13 @@ def test_a_mistake_in_the_data_arrives_as_it_was(tmp_path: Path) -> None:
     assert "none.txt" in str(error.value)
     assert "\n" not in str(error.value)
     feeder.close()
+
+
+def test_while_there_is_no_actor_the_rank_computes_its_batches_itself(config: Config) -> None:
+    local, feeder = LocalFeeder(config, RANK, WORLD_SIZE), RayFeeder(config, RANK, WORLD_SIZE)
+    feeder.get(0, 0)
+    feeder.close()  # for good: it is not started again
+    start = time.monotonic()
+    assert_same(feeder.get(7, 1), local.get(7, 1))
+    assert_same(feeder.validation(1), local.validation(1))
+    assert time.monotonic() - start < 5

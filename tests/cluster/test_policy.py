@@ -3,11 +3,16 @@ import re
 import pytest
 
 from distcond.cluster.policy import (
+    LESS_MEMORY,
     LOST,
+    OUT_OF_MEMORY,
+    SILENT,
+    STUCK,
     Ask,
     Room,
     ask_of,
     check_room,
+    culprits,
     failure_line,
     num_runs_at_once,
     restart_line,
@@ -126,6 +131,7 @@ def test_a_worker_computes_with_the_whole_cores_it_reserved(cpus: float, threads
     assert threads_per_worker(Ask(2, cpus, 0)) == threads
 
 
+SHORT, SHORT_ELSEWHERE = f"{OUT_OF_MEMORY}: 8 bytes asked for in a.py:1", f"{OUT_OF_MEMORY}: 9 bytes asked for in b.py:2"
 NAN = {0: "ValueError: nan", 1: "RuntimeError: connection closed"}
 
 
@@ -140,6 +146,12 @@ NAN = {0: "ValueError: nan", 1: "RuntimeError: connection closed"}
         (NAN, NAN, False, 2, 3, False),  # is none
         (NAN, NAN, True, 2, 3, True),
         (NAN, {0: "OSError: disk"}, False, 2, 3, True),
+        ({3: SILENT}, {3: SILENT}, False, 3, 3, True),
+        ({1: SHORT}, None, False, 1, 3, True),  # something else may have taken the memory for a while
+        ({1: SHORT}, {0: SHORT_ELSEWHERE, 1: LOST}, False, 2, 3, False),  # there is too little, wherever it is asked for
+        ({0: LOST, 1: SHORT}, {1: SHORT_ELSEWHERE}, False, 2, 3, False),
+        ({1: SHORT}, {1: SHORT}, True, 2, 3, True),
+        ({1: SHORT}, {1: SHORT}, True, 4, 3, False),  # never without end
         ({}, None, False, 1, 3, True),
         ({}, {}, False, 2, 3, False),  # the workers did not even start, twice
     ],
@@ -156,14 +168,18 @@ def test_workers_are_started_again_where_it_may_help(
         ({3: LOST}, "worker 3 lost"),
         ({0: "RuntimeError: connection closed by peer", 3: LOST}, "worker 3 lost"),
         ({5: LOST, 4: LOST}, "worker 4, 5 lost"),
+        ({0: LOST, 1: SILENT}, "worker 1 did not answer"),
+        ({0: f"{STUCK}: why", 1: f"{STUCK}: why"}, "worker 0, 1 stood still: why"),
+        ({0: LOST, 1: SHORT}, f"worker 1 {SHORT}; {LESS_MEMORY}"),
         (NAN, "worker 0 failed: ValueError: nan"),
         ({}, "the workers could not be started"),
     ],
 )
-def test_a_restart_gives_reason_and_numbers(failures: dict[int, str], what: str) -> None:
+def test_a_failure_is_told_by_its_cause(failures: dict[int, str], what: str) -> None:
+    assert failure_line(failures) == what
     assert restart_line(failures, 1, 3) == f"Restarting: {what} (failure 1 of 3 allowed)."
 
 
-def test_the_failure_that_is_told_is_that_of_the_lowest_rank() -> None:
-    assert failure_line({2: LOST, 1: "ValueError: nan"}) == "worker 1 failed: ValueError: nan"
-    assert failure_line({1: LOST, 2: "ValueError: nan"}) == "worker 1 lost"
+def test_the_log_to_read_is_that_of_the_cause() -> None:
+    assert culprits({2: "ValueError: nan", 1: "RuntimeError: closed"}) == [1]
+    assert culprits({0: "RuntimeError: closed", 2: LOST, 1: LOST}) == [1, 2]

@@ -1,46 +1,25 @@
-import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from distcond.cluster import trainer
-from distcond.cluster.trainer import TrainingError, closing_lines, fit, name_run, prepare_run
-from distcond.compose import load_config, override
+from distcond.cluster.trainer import closing_lines, fit, name_run, prepare_run
+from distcond.compose import load_config, override, save_config
 from distcond.config import Config
-from distcond.errors import ClusterError, DataError, RunError
+from distcond.errors import ClusterError, DataError, RunError, TrainingError
 from distcond.train.run_folder import RunFolder
+from tests.cluster.processes import Command, crowded, find_workers, read_rows, wait_until, without_clocks, words
 from tests.helpers import small_config
-
-TIMEOUT_S = 240.0
-"Longer than anything here takes on two busy cores; what takes longer hangs."
-
-
-def wait_until(happens: Callable[[], Any], timeout_s: float = TIMEOUT_S) -> Any:
-    end = time.monotonic() + timeout_s
-    while not (found := happens()):
-        assert time.monotonic() < end, "this hangs"
-        time.sleep(0.05)
-    return found
-
-
-def read_rows(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_clocks(row: dict[str, float]) -> dict[str, float]:
-    return {key: value for key, value in row.items() if not key.startswith(("perf/", "mem/"))}
-
 
 # --- names and folders ------------------------------------------------------------------------------------------------
 
@@ -61,7 +40,7 @@ def test_a_name_used_again_continues_that_run_or_is_refused(tmp_path: Path) -> N
     assert prepare_run(longer) == path
     assert load_config(path / "config.yaml") == longer
     assert not (path / "stop").exists()  # that was for the run before
-    with pytest.raises(RunError, match=r"model.width=32 \(was 16\)"):
+    with pytest.raises(RunError, match=r"model.width=32 \(was 16\); use another run.name, or run.fork=true to start a new run"):
         prepare_run(override(config, {"model.width": 32}))
 
 
@@ -78,6 +57,37 @@ def test_what_has_no_room_is_refused_before_ray_starts_and_leaves_nothing(tmp_pa
         trainer.launch(config)
     assert time.monotonic() - start < 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked", "available"),
+    [
+        ({"cluster__num_workers": 64, "data__global_batch_size": 64}, "asks for 64 CPUs", r"this machine has \d+"),
+        ({"cluster__gpus_per_worker": 64.0}, "asks for 128 GPUs", r"this machine has \d"),
+        (
+            {"model__tree__storage": "dense", "model__tree__depth": 20, "model__width": 4096},
+            r"needs \d[\d,]+ bytes",
+            r"\d[\d,]+ are available",
+        ),
+    ],
+    ids=["CPU", "GPU", "memory"],
+)
+def test_what_cannot_be_had_ends_within_5_s_with_both_numbers(
+    changes: dict[str, Any], asked: str, available: str, tmp_path: Path
+) -> None:
+    save_config(small_config(tmp_path / "runs", **changes), tmp_path / "config.yaml")
+    start = time.monotonic()
+    command = [sys.executable, "-m", "distcond", "train", "--config", "config.yaml"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert time.monotonic() - start < 5
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert re.fullmatch(rf"distcond: error: .*{asked}.*{available}.*\n", ended.stderr)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_fork_is_for_one_run_alone(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"run.fork=true starts one new run by `distcond train`; leave it out here"):
+        prepare_run(small_config(tmp_path, run__fork=True))
 
 
 @pytest.mark.parametrize(
@@ -105,11 +115,6 @@ def test_the_last_lines_say_where_how_good_and_what_next(
 
 
 # --- workers, on a Ray that is there ----------------------------------------------------------------------------------
-
-
-def crowded(config: Config) -> Config:
-    """The same with workers that leave room for what other tests run meanwhile."""
-    return replace(config, cluster=replace(config.cluster, cpus_per_worker=0.1))
 
 
 @pytest.fixture(scope="module")
@@ -151,16 +156,6 @@ def test_a_killed_worker_changes_nothing_but_the_time(uninterrupted: tuple[Path,
     assert list(map(without_clocks, read_rows(path))) == list(map(without_clocks, read_rows(expected)))
 
 
-def find_workers() -> list[psutil.Process]:
-    """Processes of ranks; Ray names them after the class of the actor."""
-    workers = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
-            if "".join(process.cmdline()).startswith("ray::RayTrainWorker"):
-                workers.append(process)
-    return workers
-
-
 @pytest.mark.ray
 def test_a_mistake_found_by_a_worker_arrives_as_it_was(shared_ray: Any, tmp_path: Path) -> None:
     text = {"model__name": "transformer", "model__heads": 2, "data__name": "text", "data__files": [f"{tmp_path}/none.txt"]}
@@ -194,55 +189,6 @@ def test_a_stop_before_training_begins_needs_no_step(shared_ray: Any, tmp_path: 
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
-
-
-class Command:
-    """`distcond train` as a process of its own, in a group of its own as a terminal would start it."""
-
-    def __init__(self, folder: Path, *words: str) -> None:
-        self.process = psutil.Popen(
-            [sys.executable, "-u", "-m", "distcond", "train", *words],
-            cwd=folder,
-            env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        self.lines: list[str] = []
-        self.started: set[psutil.Process] = set()
-        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout))
-        self._reader.start()
-
-    def says(self, text: str) -> bool:
-        self.started |= set(self.process.children(recursive=True))
-        assert self.process.poll() is None, f"ended early: {self.lines} {self.process.stderr.read()}"
-        return any(text in line for line in self.lines)
-
-    def end(self) -> tuple[int, str]:
-        """Exit status and what was written to stderr; nothing that was started may be left."""
-        status = self.process.wait(TIMEOUT_S)
-        self._reader.join()
-        with self.process.stderr as stream:
-            errors = stream.read()
-        self.process.stdout.close()
-        # Ray's processes end a moment after their parent.
-        wait_until(lambda: not any(map(is_alive, self.started)), timeout_s=2)
-        return status, errors
-
-
-def is_alive(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)  # which nobody may be there to reap
-    except psutil.NoSuchProcess:
-        return False
-
-
-def words(folder: Path, **changes: Any) -> list[str]:
-    """The command line of a small run that would never end."""
-    config = small_config(folder, train__max_steps=10**6, train__log_every=5, checkpoint__every=10**6, **changes)
-    prepare_run(config)
-    return ["--config", str(folder / "run" / "config.yaml")]
 
 
 @pytest.mark.ray

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,19 +18,18 @@ from tests.helpers import small_config
 
 HOLDER = """
 import sys
-from dataclasses import fields
 from pathlib import Path
 from distcond.train.run_folder import RunFolder
-with RunFolder(Path(sys.argv[1])).locked():
+with getattr(RunFolder(Path(sys.argv[1])), sys.argv[2])():
     print("locked", flush=True)
     sys.stdin.read()
 """
 
 
-def hold(folder: Path) -> subprocess.Popen[str]:
+def hold(folder: Path, how: str = "locked") -> subprocess.Popen[str]:
     """Another process that holds the folder until its input ends."""
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], **pipes)
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder), how], **pipes)
     assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
     return holder
 
@@ -49,6 +50,26 @@ def test_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     assert f"process {holder.pid}" in (tmp_path / "lock").read_text()  # it had no time to tidy up
     with RunFolder(tmp_path).locked():
         assert f"process {holder.pid}" not in (tmp_path / "lock").read_text()
+
+
+def test_ranks_of_a_killed_command_are_waited_for_and_named(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.wait_for_ranks(0)  # there was none yet
+    with hold(tmp_path, "writing") as first, hold(tmp_path, "writing") as second:
+        with pytest.raises(RunError) as refused:
+            folder.wait_for_ranks(0.2)
+        line = str(refused.value)
+        assert f"process {first.pid}" in line and f"process {second.pid}" in line and "\n" not in line
+        first.kill()
+        threading.Timer(0.3, second.kill).start()
+        start = time.monotonic()
+        folder.wait_for_ranks(20)
+        assert 0.2 < time.monotonic() - start < 10
+    with hold(tmp_path, "writing") as third:
+        with pytest.raises(RunError) as refused:
+            folder.wait_for_ranks(0)
+        assert f"process {third.pid}" in str(refused.value) and f"process {first.pid}" not in str(refused.value)
+        third.kill()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,63 @@
+"""A new run that starts from the newest checkpoint of another one (`run.fork=true`)."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from distcond.config import Config
+from distcond.errors import RunError
+from distcond.nn.budget import StepBudget
+from distcond.train.checkpoint import LATEST, MANIFEST, STATE, fingerprint, newest_checkpoint, read_state
+from distcond.train.run_folder import RunFolder, write_json
+
+
+def fork_run(config: Config) -> tuple[Config, int]:
+    """Copy the newest intact checkpoint of config.run.name into the folder of a new run.
+
+    Returns the new run's configuration, with its own name, and the step that it starts from. Nothing is shared with the
+    old run, so damage to one spares the other. Raises RunError where there is nothing to start from or nothing to do.
+    """
+    parent = RunFolder(Path(config.run.dir) / config.run.name)
+    if not parent.config_file.exists():
+        raise RunError(f"run.fork=true: {parent.path} holds no run to start from; check run.name and run.dir.")
+    checkpoint, _ = newest_checkpoint(parent.checkpoints)
+    if checkpoint is None:
+        raise RunError(f"run.fork=true: {parent.path} has no checkpoint to start from; train it to its first one.")
+    state = read_state(checkpoint)
+    step = state["step"]
+    if step >= config.train.max_steps:
+        raise RunError(
+            f"run.fork=true: {checkpoint} is already at step {step} of train.max_steps={config.train.max_steps}; "
+            f"raise train.max_steps."
+        )
+    folder, target = _new_folder(parent.path), config.model.halting.target_steps
+    # The old run's figures, and what it had learnt of a budget it may not have had, were reached with other settings.
+    state |= {"summary": {"forked_from": {"run": parent.path.name, "step": step}}, "validation": None}
+    state["budget"] = state["budget"] or (target and StepBudget(target).state_dict())
+    _copy(checkpoint, folder.checkpoints, state)
+    return replace(config, run=replace(config.run, name=folder.path.name, fork=False)), step
+
+
+def _new_folder(parent: Path) -> RunFolder:
+    """`<parent>-fork`, or with the first number that is free."""
+    number = 1
+    while True:
+        path = parent.with_name(f"{parent.name}-fork{number if number > 1 else ''}")
+        try:
+            path.mkdir()
+            return RunFolder(path)
+        except FileExistsError:
+            number += 1
+
+
+def _copy(checkpoint: Path, folder: Path, state: dict[str, Any]) -> None:
+    """A copy, complete or absent, with another state."""
+    copy, temporary = folder / checkpoint.name, folder / f".{checkpoint.name}.tmp"
+    shutil.copytree(checkpoint, temporary)
+    write_json(temporary / STATE, state)
+    manifest = json.loads((temporary / MANIFEST).read_text())
+    write_json(temporary / MANIFEST, {**manifest, STATE: fingerprint(temporary / STATE)})
+    temporary.rename(copy)
+    (folder / LATEST).write_text(f"{copy.name}\n")

@@ -1,0 +1,201 @@
+"""Whole runs whose processes are killed, stopped and starved: each ends as the undisturbed one, bit for bit, or in one line."""
+
+import json
+import random
+import re
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from distcond.cluster.policy import LESS_MEMORY
+from distcond.cluster.trainer import fit, prepare_run
+from distcond.compose import load_config, save_config
+from distcond.config import Config
+from distcond.errors import TrainingError
+from distcond.train.run_folder import RunFolder
+from tests.cluster.processes import (
+    Command,
+    assert_same_end,
+    crowded,
+    find_processes,
+    find_workers,
+    last_step,
+    processes_of,
+    read_rows,
+    wait_until,
+    words,
+)
+from tests.helpers import changed, small_config
+
+pytestmark = pytest.mark.ray
+
+NUM_STEPS, EVERY = 80, 10
+RESTART_S = 30.0
+SEEDS = [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 10))]
+
+
+def faulty_config(folder: Path, **changes: Any) -> Config:
+    base = {"train__max_steps": NUM_STEPS, "train__eval_every": 20, "checkpoint__every": EVERY}
+    return crowded(small_config(folder, **{**base, **changes}))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shared_ray: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = faulty_config(tmp_path_factory.mktemp("undisturbed"))
+    path = prepare_run(config)
+    fit(config)
+    return path
+
+
+def resumed_at(run: Path) -> list[int]:
+    """Steps at which rank 0 found its run, at each of its starts but the first."""
+    return [int(step) for step in re.findall(r"Continuing .* from step (\d+)", (run / "logs" / "rank_0.log").read_text())]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_worker_killed_at_a_random_step_costs_an_interval_and_30_s(seed: int, undisturbed: Path, tmp_path: Path) -> None:
+    config = faulty_config(tmp_path)
+    path, draw, before = prepare_run(config), random.Random(seed), set(find_workers())
+    moment, victim = draw.randrange(1, NUM_STEPS - 5), draw.randrange(2)
+    times: dict[str, float] = {}
+
+    def kill() -> None:
+        wait_until(lambda: last_step(path) >= moment)
+        times["step"] = last_step(path)
+        sorted(set(find_workers()) - before, key=lambda process: process.pid)[victim].kill()
+        start = time.monotonic()
+        wait_until(lambda: (path / "logs" / "restarts.log").exists())
+        times["noticed_s"] = time.monotonic() - start
+        wait_until(lambda: last_step(path) > times["step"] + 1)  # and what was repeated is made up for
+        times["restart_s"] = time.monotonic() - start
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    fit(config)
+    killer.join()
+    print(f"seed {seed}: {times} resumed at {resumed_at(path)}")
+    assert times["restart_s"] < RESTART_S
+    repeated = times["step"] - ([*resumed_at(path), 0][0])
+    assert repeated <= EVERY + 2  # a step that was being logged, a checkpoint that was being written
+    assert_same_end(path, undisturbed)
+
+
+def test_a_run_that_stands_still_is_started_again(undisturbed: Path, tmp_path: Path) -> None:
+    config = changed(faulty_config(tmp_path), cluster__hang_timeout_s=10.0)
+    path, before = prepare_run(config), set(find_processes("_DataActor"))
+    times = []
+
+    def freeze_data_actor() -> None:
+        wait_until(lambda: last_step(path) >= 15)
+        (set(find_processes("_DataActor")) - before).pop().suspend()
+        times.append(time.monotonic())
+        wait_until(lambda: (path / "logs" / "restarts.log").exists())
+        times.append(time.monotonic())
+
+    freezer = threading.Thread(target=freeze_data_actor)
+    freezer.start()
+    fit(config)
+    freezer.join()
+    assert 10 - 1 < times[1] - times[0] < 10 + 10
+    line = (path / "logs" / "restarts.log").read_text()
+    assert re.fullmatch(r"Restarting: worker [01, ]+ stood still: no batch asked for in 10 s \(failure 1 of 3 allowed\).\n", line)
+    logs = [(path / "logs" / f"rank_{rank}.log").read_text() for rank in (0, 1)]
+    assert all("Thread 0x" in log for log in logs)  # where each rank stood: one waits for a batch, the other for that one
+    assert any("feeder.py" in log for log in logs)
+    assert_same_end(path, undisturbed)
+    assert not [process for process in find_processes("_DataActor") if process.status() == psutil.STATUS_STOPPED]
+
+
+def start(folder: Path, **changes: Any) -> Command:
+    prepare_run(faulty_config(folder, **changes))
+    return Command(folder, "--config", "run/config.yaml")
+
+
+def test_the_driver_and_then_every_process_killed_the_same_command_goes_on(undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = start(tmp_path)
+    wait_until(lambda: command.reaches(run, 15))
+    command.process.kill()
+    assert command.end(left_s=5) == (-signal.SIGKILL, "")
+
+    command = Command(tmp_path, "--config", "run/config.yaml")
+    wait_until(lambda: command.reaches(run, 45))
+    for process in [command.process, *command.process.children(recursive=True)]:
+        process.kill()
+    assert command.end(left_s=5) == (-signal.SIGKILL, "")
+
+    command = Command(tmp_path, "--config", "run/config.yaml")
+    assert command.end() == (0, "")
+    assert len(resumed_at(run)) == 2
+    assert_same_end(run, undisturbed)
+
+
+def test_a_frozen_rank_does_not_outlive_a_killed_driver(tmp_path: Path) -> None:
+    command = Command(tmp_path, *words(tmp_path))
+    wait_until(lambda: command.reaches(tmp_path / "run", 2))
+    for process in processes_of("RayTrainWorker", command.started):
+        process.suspend()
+    command.process.kill()
+    command.end(left_s=5)
+    with RunFolder(tmp_path / "run").locked():
+        RunFolder(tmp_path / "run").wait_for_ranks(0)
+
+
+def test_a_sigterm_during_training_saves_and_ends_within_10_s(undisturbed: Path, tmp_path: Path) -> None:
+    command = start(tmp_path)
+    run = tmp_path / "run"
+    wait_until(lambda: command.reaches(run, 5))
+    command.process.send_signal(signal.SIGTERM)
+    start_s = time.monotonic()
+    status, errors = command.end()
+    assert time.monotonic() - start_s < 10
+    assert (status, errors) == (130, "")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["stopped"]
+    assert (run / "checkpoints" / f"step_{summary['step']:08d}").is_dir()
+
+
+def test_a_sigterm_to_all_processes_ends_in_a_line_and_the_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    command = start(tmp_path, train__max_steps=10**6)
+    run = tmp_path / "run"
+    wait_until(lambda: command.reaches(run, EVERY + 2))
+    for process in [command.process, *command.process.children(recursive=True)]:
+        process.send_signal(signal.SIGTERM)
+    assert command.end(left_s=5) == (130, "")
+    assert "Stopped without a checkpoint, for Ray's processes were ended too.\n" in command.lines
+    assert command.lines[-1] == "next  distcond train --config run/config.yaml\n"
+
+
+def test_a_batch_that_memory_cannot_hold_is_told_in_a_line_and_not_tried_for_ever(shared_ray: Any, tmp_path: Path) -> None:
+    config = faulty_config(tmp_path, data__num_bits=1000, data__global_batch_size=10**8)
+    path = prepare_run(config)
+    with pytest.raises(TrainingError) as failed:
+        fit(config)
+    line = str(failed.value)
+    assert re.match(r"worker \d(, \d)? ran out of memory: [\d.]+ [GT]iB for an array with shape \(\d+, \d+\) asked for in ", line)
+    assert LESS_MEMORY in line and "\n" not in line
+    assert len((path / "logs" / "restarts.log").read_text().splitlines()) == 1
+
+
+def test_a_fork_is_told_in_a_line_and_what_it_cannot_load_in_another(undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    config = faulty_config(tmp_path, run__fork=True, train__max_steps=NUM_STEPS + 5, optim__lr=1e-3)
+    save_config(changed(config, model__width=32), tmp_path / "config.yaml")
+    command = Command(tmp_path, "--config", "config.yaml")
+    status, errors = command.end()
+    assert status == 2
+    assert re.fullmatch("distcond: error: .*run-fork/checkpoints/step_00000080 holds shape .*, the model needs .*\n", errors)
+    assert not (tmp_path / "run-fork").exists()
+
+    save_config(config, tmp_path / "config.yaml")
+    command = Command(tmp_path, "--config", "config.yaml")
+    assert command.end() == (0, "")
+    assert command.lines[0] == "fork  run at step 80 goes on as run.name=run-fork\n"
+    assert load_config(tmp_path / "run-fork" / "config.yaml") == changed(config, run__fork=False, run__name="run-fork")
+    assert [row["step"] for row in read_rows(tmp_path / "run-fork") if "train/loss" in row] == list(range(81, 86))
