@@ -20,8 +20,8 @@ class Job:
 
     train: Callable[[], dict[str, Any]]
     "The training function of every rank; returns the summary."
-    join: Callable[[str, int], None]
-    "Called on every rank before it, with address and port of rank 0."
+    join: Callable[[str, int, Path], None]
+    "Called on every rank before it, with address and port of rank 0, and a file that is not there yet."
     ask: Ask
     max_failures: int
     hang_timeout_s: float

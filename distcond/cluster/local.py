@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from distcond.cluster.policy import Room, ask_of, check_room
+from distcond.cluster.reaper import reaped
 from distcond.config import ClusterConfig
 from distcond.errors import ClusterError, UserError
 
@@ -78,7 +79,8 @@ def _started(cluster: ClusterConfig, logs: Path) -> Iterator[Room]:
                 log_to_driver=False,
                 _temp_dir=str(folder),
             )
-            yield room
+            with reaped([process.pid for process in _descendants() if process not in before]):
+                yield room
         except UserError:
             raise
         except BaseException:

@@ -10,6 +10,7 @@ NOTE: `ray.train.v2._internal` is the price; it is why pyproject.toml pins Ray t
 
 import asyncio
 import os
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -100,7 +101,9 @@ class _Group(WorkerGroupCallback):  # type: ignore[misc]  # Ray is untyped
         worker_group._worker_health_check_timeout_s = self._job.hang_timeout_s
         try:
             address, port = worker_group.execute_single(0, get_address_and_port)
-            ray.get(worker_group.execute_async(self._job.join, address, port), timeout=self._job.hang_timeout_s)
+            store = self._job.logs / "ray" / f"store-{uuid.uuid4().hex}"
+            store.parent.mkdir(parents=True, exist_ok=True)
+            ray.get(worker_group.execute_async(self._job.join, address, port, store), timeout=self._job.hang_timeout_s)
         except BaseException:
             # NOTE: Ray Train ends the workers, and gives back their cores, of a group only that counts as not started.
             worker_group._clear_state()

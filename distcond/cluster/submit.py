@@ -33,6 +33,8 @@ def submit(what: Literal["train", "sweep"], config: Config, overrides: list[str]
     """
     if config.cluster.name == ClusterName.local:
         raise ConfigError(f"cluster=local is this machine; use cluster=ray or cluster=slurm, or `distcond {what}`.")
+    if config.run.fork:
+        raise ConfigError("run.fork=true starts one new run where it is typed; use distcond train, then submit its run.name.")
     named = name_run(config) if what == "train" else name_sweep(config)
     if what == "sweep":
         plan(named)  # a bad space is told here, not by the cluster

@@ -19,9 +19,9 @@ import psutil
 from rich.console import Console
 
 from distcond.cluster.local import preflight, ray_session
+from distcond.cluster.notes import take
 from distcond.cluster.policy import ask_of, culprits, failure_line, threads_per_worker
 from distcond.cluster.progress import Progress, Tail, duration
-from distcond.cluster.reaper import reaped
 from distcond.compose import load_config, override, save_config, to_dict
 from distcond.config import Config
 from distcond.data import absolute_paths, build_task
@@ -40,7 +40,7 @@ RANKS_TIMEOUT_S = 15.0
 STATUS_INTERRUPTED = 130
 "Exit status after a second Ctrl-C, as shells have it."
 RESTARTS = "restarts.log"
-"In the folder of logs: lines for the user, at each restart of the workers and from rank 0."
+"In the folder of logs: a line for the user at each restart of the workers."
 
 
 def name_run(config: Config) -> Config:
@@ -71,10 +71,12 @@ def run_folder(config: Config) -> RunFolder:
     return RunFolder(Path(config.run.dir) / config.run.name)
 
 
-def fit(config: Config, *, wait_for: Callable[[str], None] = lambda what: None) -> dict[str, Any]:
+def fit(
+    config: Config, *, wait_for: Callable[[str], None] = lambda what: None, tell: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
     """Train a prepared run on Ray Train workers of the Ray that is already there; returns the summary of rank 0.
 
-    wait_for: told what the run is waiting for.
+    wait_for: told what the run is waiting for. tell: given the lines that rank 0 has for the user.
     Raises the UserError of a worker as it was, and TrainingError, naming the log, for any other failure.
     """
     import ray
@@ -89,7 +91,6 @@ def fit(config: Config, *, wait_for: Callable[[str], None] = lambda what: None) 
         settings=to_dict(config),
         num_threads=threads_per_worker(ask),
         started_file=started_file,
-        notes_file=folder.logs / RESTARTS,
     )
     job = Job(
         train=rank.train,
@@ -110,19 +111,24 @@ def fit(config: Config, *, wait_for: Callable[[str], None] = lambda what: None) 
         wait_for(f"{ask.num_workers} workers")
         controller, outcome = start_controller(job)
         try:
-            return _follow(job, folder, outcome, wait_for)
+            return _follow(job, folder, outcome, wait_for, tell)
         finally:
             ray.kill(controller)
             started_file.unlink(missing_ok=True)
 
 
-def _follow(job: "Job", folder: RunFolder, outcome: Any, wait_for: Callable[[str], None]) -> dict[str, Any]:
+def _follow(
+    job: "Job", folder: RunFolder, outcome: Any, wait_for: Callable[[str], None], tell: Callable[[str], None]
+) -> dict[str, Any]:
     """Wait for the end. A request to stop that comes before training has begun has nothing to save."""
     import ray
     from ray.exceptions import RayError
 
-    is_training = False
-    while not ray.wait([outcome], timeout=POLL_INTERVAL_S)[0]:
+    is_training, is_over, channel = False, False, str(folder.path)
+    while not is_over:
+        is_over = bool(ray.wait([outcome], timeout=POLL_INTERVAL_S)[0])
+        for line in take(channel):
+            tell(line)
         if job.started_file.exists() != is_training:
             is_training = not is_training
             wait_for("the first figures" if is_training else f"{job.ask.num_workers} workers")
@@ -162,7 +168,7 @@ def launch(config: Config) -> dict[str, Any]:
     folder = run_folder(config)
     has_ray, num_signals = threading.Event(), 0
     with _signals() as count_signals, Progress(console, folder.metrics, config.train.max_steps) as progress:
-        run = _in_thread(partial(_run, config, progress.wait_for, has_ray))
+        run = _in_thread(partial(_run, config, progress.wait_for, progress.note, has_ray))
         restarts = Tail(folder.logs / RESTARTS)
         while not wait([run], POLL_INTERVAL_S).done:
             progress.poll()
@@ -217,11 +223,13 @@ def _forked(config: Config, console: Console) -> Config:
     return forked
 
 
-def _run(config: Config, wait_for: Callable[[str], None], has_ray: threading.Event) -> dict[str, Any]:
+def _run(
+    config: Config, wait_for: Callable[[str], None], tell: Callable[[str], None], has_ray: threading.Event
+) -> dict[str, Any]:
     wait_for("Ray")
-    with ray_session(config.cluster, run_folder(config).logs), reaped([p.pid for p in psutil.Process().children(recursive=True)]):
+    with ray_session(config.cluster, run_folder(config).logs):
         has_ray.set()
-        return fit(config, wait_for=wait_for)
+        return fit(config, wait_for=wait_for, tell=tell)
 
 
 def _in_thread(task: Callable[[], dict[str, Any]]) -> Future[dict[str, Any]]:

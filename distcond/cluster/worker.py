@@ -12,13 +12,18 @@ from typing import Any
 
 from distcond.cluster.feeder import RayFeeder
 from distcond.cluster.memory import out_of_memory
+from distcond.cluster.notes import post
 from distcond.cluster.pulse import Pulse
 from distcond.config import Config
+from distcond.redaction import redact
 from distcond.train.run_folder import RunFolder
 
 # NOTE: what is imported inside the functions is for the worker alone: Ray Train, which the driver does not need, and, once
 # the process has the environment that they read and the log file that they write to, torch and the training loop.
 
+log = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 "How long a rank waits for the others, e.g. while rank 0 writes a large checkpoint."
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -34,11 +39,12 @@ class Rank:
     num_threads: int
     started_file: Path
     "Created by rank 0 when training begins."
-    notes_file: Path
-    "Gets what rank 0 has to tell the user, line by line."
 
-    def join(self, address: str, port: int) -> None:
-        """Become one of the ranks: own log file, environment, threads, process group with rank 0 at address:port."""
+    def join(self, address: str, port: int, store: Path) -> None:
+        """Become one of the ranks: own log file, environment, threads, process group with rank 0 at address:port.
+
+        store: a new file by which ranks of one machine find one another. Where Ray is closed to other machines, so are they.
+        """
         import ray.train
 
         context = ray.train.get_context()
@@ -57,7 +63,12 @@ class Rank:
         torch.set_num_threads(self.num_threads)
         if has_gpu:
             torch.cuda.set_device(context.get_local_rank())
-        torch.distributed.init_process_group("nccl" if has_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        where = None
+        if address == LOOPBACK:  # NOTE: torch's own store, and gloo, would listen on all of the machine's addresses
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+            where = f"file://{store}"
+        backend, place = "nccl" if has_gpu else "gloo", {"rank": rank, "world_size": world_size}
+        torch.distributed.init_process_group(backend, init_method=where, timeout=COLLECTIVE_TIMEOUT, **place)
 
     def train(self) -> dict[str, Any]:
         """Run the training loop; returns the summary. UserErrors pass as they are."""
@@ -88,8 +99,8 @@ class Rank:
             feeder.close()
 
     def _note(self, line: str) -> None:
-        with self.notes_file.open("a") as file:
-            file.write(f"{line}\n")
+        log.warning("%s", line)
+        post(str(_folder(self.config).path), line)
 
 
 def _end_with_parent() -> None:
@@ -120,4 +131,10 @@ def _log_to(file: Path, rank: int) -> None:
     os.dup2(descriptor, sys.stdout.fileno())
     os.dup2(descriptor, sys.stderr.fileno())
     os.close(descriptor)
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s", force=True)
+    logging.basicConfig(level=logging.INFO, force=True)
+    logging.root.handlers[0].setFormatter(_Redacted(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
+
+
+class _Redacted(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))

@@ -6,6 +6,8 @@ from typing import Any
 from distcond.config.check import need
 from distcond.config.choices import ClusterName, Kernels
 
+MOST_WORKERS = 2**16
+
 
 @dataclass(kw_only=True, slots=True)
 class ClusterConfig:
@@ -40,7 +42,7 @@ class ClusterConfig:
     "slurm: wall-clock limit, HH:MM:SS."
 
     def __post_init__(self) -> None:
-        need(self.num_workers >= 1, f"cluster.num_workers={self.num_workers} is below 1; use 1 or more.")
+        need(1 <= self.num_workers <= MOST_WORKERS, f"cluster.num_workers={self.num_workers} is outside 1..{MOST_WORKERS}.")
         need(self.cpus_per_worker > 0, f"cluster.cpus_per_worker={self.cpus_per_worker} is not positive.")
         need(self.gpus_per_worker >= 0, f"cluster.gpus_per_worker={self.gpus_per_worker} is negative.")
         need(self.max_failures >= 0, f"cluster.max_failures={self.max_failures} is negative; use 0 or more.")

@@ -1,10 +1,12 @@
 """Whole runs whose processes are killed, stopped and starved: each ends as the undisturbed one, bit for bit, or in one line."""
 
+import contextlib
 import json
 import random
 import re
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -199,3 +201,27 @@ def test_a_fork_is_told_in_a_line_and_what_it_cannot_load_in_another(undisturbed
     assert command.lines[0] == "fork  run at step 80 goes on as run.name=run-fork\n"
     assert load_config(tmp_path / "run-fork" / "config.yaml") == changed(config, run__fork=False, run__name="run-fork")
     assert [row["step"] for row in read_rows(tmp_path / "run-fork") if "train/loss" in row] == list(range(81, 86))
+
+
+def test_a_full_disk_is_told_at_once_and_training_goes_on(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        config = small_config(disk, train__max_steps=10**6, train__eval_every=10**6, train__log_every=5, checkpoint__every=50)
+        prepare_run(config)
+        command = Command(tmp_path, "--config", str(disk / "run/config.yaml"))
+        wait_until(lambda: (disk / "run/checkpoints/latest").exists())
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(2**12))
+        wait_until(lambda: command.says("could not be written: No space left on device; it takes "))
+        (disk / "filler").unlink()
+        wait_until(lambda: command.says("is written."))
+        command.process.send_signal(signal.SIGTERM)
+        assert command.end() == (130, "")
+        steps = [row["step"] for row in read_rows(disk / "run") if "train/loss" in row]
+        assert steps[:-1] == list(range(5, steps[-2] + 1, 5))  # no row is missing
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -31,6 +31,12 @@ def test_submitting_to_this_machine_is_refused() -> None:
         submit("train", Config(), [], dry_run=False)
 
 
+def test_a_fork_is_not_submitted_for_a_job_that_is_started_again_would_fork_again() -> None:
+    config = compose(["cluster=slurm", "run.name=a", "run.fork=true"])
+    with pytest.raises(ConfigError, match="run.fork=true starts one new run where it is typed"):
+        submit("train", config, [], dry_run=True)
+
+
 def test_a_dry_run_to_ray_shows_the_request_the_files_and_the_configuration(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
