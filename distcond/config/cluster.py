@@ -12,7 +12,7 @@ class ClusterConfig:
     """Where a run runs and how node tables are spread over its ranks."""
 
     name: ClusterName = ClusterName.local
-    "local: a Ray started for this run. ray: a running cluster. slurm: a batch script."
+    "local: a Ray started for this run. ray: a running cluster. slurm: a batch script. kuberay: a RayJob on Kubernetes."
     address: str = ""
     "ray: address of the cluster: its dashboard for submit (http://host:8265). Empty: RAY_ADDRESS."
     num_workers: int = 2
@@ -34,12 +34,24 @@ class ClusterConfig:
     partition: str = ""
     "slurm: partition; empty: the cluster's default."
     time_limit: str = "04:00:00"
-    "slurm: wall-clock limit, HH:MM:SS."
+    "slurm, kuberay: wall-clock limit, HH:MM:SS or D-HH:MM:SS."
+    image: str = "distcond:0.1.0"
+    "kuberay: image of every pod, built from docker/."
+    namespace: str = "default"
+    "kuberay: where the pods are."
+    storage_claim: str = ""
+    "kuberay: PersistentVolumeClaim that all pods mount at run.dir."
+    secret: str = ""
+    "kuberay: Secret whose entries become environment variables of the pods, e.g. WANDB_API_KEY; empty: none."
+    memory_gib_per_worker: float = 8.0
+    "kuberay: memory of a rank's pod beside Ray's object store; > 0."
 
     def __post_init__(self) -> None:
         need(self.num_workers >= 1, f"cluster.num_workers={self.num_workers} is below 1; use 1 or more.")
         need(self.cpus_per_worker > 0, f"cluster.cpus_per_worker={self.cpus_per_worker} is not positive.")
         need(self.gpus_per_worker >= 0, f"cluster.gpus_per_worker={self.gpus_per_worker} is negative.")
+        memory = self.memory_gib_per_worker
+        need(memory > 0, f"cluster.memory_gib_per_worker={memory} is not positive; e.g. 8.")
         need(self.max_failures >= 0, f"cluster.max_failures={self.max_failures} is negative; use 0 or more.")
         size = self.expert_parallel_size
         need(
