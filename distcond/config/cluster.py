@@ -71,9 +71,9 @@ class SweepConfig:
     name: str = ""
     "Name of the sweep's folder under run.dir; empty: made from the time."
     space: dict[str, Any] = field(default_factory=dict)
-    "Dotted key -> list (grid) or {min, max, scale: linear|log} (range)."
+    "Dotted key -> list (grid), {min, max, scale: linear|log} (range) or {choice: list} (one of them a sample)."
     num_samples: int = 1
-    "Samples of the ranges, each crossed with the whole grid; >= 1."
+    "Samples of the ranges and choices, each crossed with the whole grid; >= 1."
     asha_grace: float = 0.25
     "Share of train.max_steps that every trial gets before ASHA may stop it; in (0, 1]."
     asha_reduction: int = 2
