@@ -19,7 +19,7 @@ from distcond.errors import ClusterError, ConfigError
 BIN = Path(sys.executable).parent
 CPU = ClusterConfig(name=ClusterName.kuberay, num_workers=2, storage_claim="runs")
 GPU = replace(
-    CPU, num_workers=4, cpus_per_worker=7.5, gpus_per_worker=1, memory_gib_per_worker=60, secret="wandb", namespace="research"
+    CPU, num_workers=4, cpus_per_worker=7.5, gpus_per_worker=1, memory_gib_per_worker=60, env_from="wandb", namespace="research"
 )
 FOLDER = Path("/home/ray/runs/A run_1")
 VARIABLES = {"WANDB_MODE": 'off"line: {}'}
@@ -169,7 +169,7 @@ def test_a_head_that_has_to_go_has_the_run_saved_first(tmp_path: Path) -> None:
         ({"storage_claim": ""}, FOLDER, "cluster.storage_claim is empty; name a PersistentVolumeClaim"),
         ({"storage_claim": "My claim"}, FOLDER, "cluster.storage_claim='My claim' is no name that Kubernetes takes"),
         ({"namespace": "a: b"}, FOLDER, "cluster.namespace='a: b' is no name"),
-        ({"secret": "x\ny"}, FOLDER, "cluster.secret="),
+        ({"env_from": "x\ny"}, FOLDER, "cluster.env_from="),
         ({"time_limit": "4 hours"}, FOLDER, "cluster.time_limit='4 hours' is not a time"),
         ({}, Path("/runs/___"), "run.name='___' has no letter or digit"),
     ],

@@ -41,7 +41,7 @@ def render(what: str, config: Config, folder: Path, environment: Mapping[str, st
         raise ConfigError(
             "cluster.storage_claim is empty; name a PersistentVolumeClaim (ReadWriteMany) that all pods of the run can mount."
         )
-    for key in ("namespace", "storage_claim", "secret"):
+    for key in ("namespace", "storage_claim", "env_from"):
         value = getattr(cluster, key)
         if value and not LABEL.fullmatch(value):
             raise ConfigError(f"cluster.{key}={value!r} is no name that Kubernetes takes; use a-z, 0-9 and -.")
@@ -54,7 +54,7 @@ def render(what: str, config: Config, folder: Path, environment: Mapping[str, st
         config_text=to_yaml(config),
         image=cluster.image,
         environment=environment,
-        secret=cluster.secret,
+        env_from=cluster.env_from,
         run_dir=str(folder.parent),
         storage_claim=cluster.storage_claim,
         save=_save(folder) if what == "train" else "",

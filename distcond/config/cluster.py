@@ -41,7 +41,7 @@ class ClusterConfig:
     "kuberay: where the pods are."
     storage_claim: str = ""
     "kuberay: PersistentVolumeClaim that all pods mount at run.dir."
-    secret: str = ""
+    env_from: str = ""
     "kuberay: Secret whose entries become environment variables of the pods, e.g. WANDB_API_KEY; empty: none."
     memory_gib_per_worker: float = 8.0
     "kuberay: memory of a rank's pod beside Ray's object store; > 0."
