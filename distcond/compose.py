@@ -192,7 +192,7 @@ def _dotted(space: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A sweep's space by dotted keys, however it was nested: `sweep.space.model.tree.depth=[2,4]` nests."""
     flat: dict[str, Any] = {}
     for key, values in space.items():
-        is_section = isinstance(values, Mapping) and "min" not in values
+        is_section = isinstance(values, Mapping) and not {"min", "choice"} & values.keys()
         flat |= _dotted(values, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": values}
     return flat
 

@@ -27,11 +27,11 @@ FIGURES = {
 
 
 class Tail:
-    """The lines that a file gains from now on; it may not exist yet, and may be cut back."""
+    """The lines that a file gains from now on, or all of them; it may not exist yet, and may be cut back."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, *, whole: bool = False) -> None:
         self._file = file
-        self._position = file.stat().st_size if file.exists() else 0
+        self._position = file.stat().st_size if file.exists() and not whole else 0
 
     def read(self) -> list[str]:
         """Complete lines that are new since the last call."""

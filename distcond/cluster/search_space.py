@@ -55,26 +55,39 @@ class Range:
 
 
 @dataclass(frozen=True, slots=True)
+class Choice:
+    """Values of which every sample takes one, all equally likely."""
+
+    values: list[Any]
+
+    def sample(self, generator: random.Random) -> Any:
+        """One of the values."""
+        return generator.choice(self.values)
+
+
+@dataclass(frozen=True, slots=True)
 class SearchSpace:
-    """A parsed `sweep.space`: for every dotted key a grid or a range."""
+    """A parsed `sweep.space`: for every dotted key a grid, or a range or choice that is sampled."""
 
     grids: dict[str, list[Any]]
-    ranges: dict[str, Range]
+    ranges: dict[str, Range | Choice]
 
 
 def parse_space(space: Mapping[str, Any]) -> SearchSpace:
-    """Tell grids from ranges.
+    """Tell grids from ranges and choices.
 
     Raises ConfigError for an empty space, a key that is not a trial's to choose, or a value that is neither.
     """
     if not space:
         raise ConfigError("sweep.space is empty; choose one (sweep=depth_x_penalty) or give keys, e.g. model.tree.depth: [2, 4].")
     grids: dict[str, list[Any]] = {}
-    ranges: dict[str, Range] = {}
+    ranges: dict[str, Range | Choice] = {}
     for key, values in space.items():
         if any(key == reserved or key.startswith(f"{reserved}.") for reserved in RESERVED_KEYS):
             raise ConfigError(f"sweep.space has {key}, which is not a trial's to choose; remove it.")
-        if isinstance(values, Mapping):
+        if isinstance(values, Mapping) and values.keys() == {"choice"}:
+            ranges[key] = Choice(_parse_grid(key, values["choice"]))
+        elif isinstance(values, Mapping):
             ranges[key] = _parse_range(key, values)
         else:
             grids[key] = _parse_grid(key, values)
@@ -85,7 +98,7 @@ def _parse_grid(key: str, values: Any) -> list[Any]:
     if not isinstance(values, Sequence) or isinstance(values, str) or not values:
         raise ConfigError(
             f"sweep.space: {key}={values!r} is neither a list of values nor a range; "
-            "use [a, b] or {min: a, max: b, scale: log}."
+            "use [a, b], {min: a, max: b, scale: log} or {choice: [a, b]}."
         )
     for index, value in enumerate(values):
         if value in values[:index]:
@@ -96,7 +109,9 @@ def _parse_grid(key: str, values: Any) -> list[Any]:
 def _parse_range(key: str, values: Mapping[str, Any]) -> Range:
     unknown = [name for name in values if name not in {"min", "max", "scale"}]
     if unknown or "min" not in values or "max" not in values:
-        raise ConfigError(f"sweep.space: {key}={dict(values)} is not a range; it needs min and max, and may have scale.")
+        raise ConfigError(
+            f"sweep.space: {key}={dict(values)} is not a range; it needs min and max, and may have scale, or choice alone."
+        )
     low, high, scale = values["min"], values["max"], values.get("scale", Scale.linear)
     if any(isinstance(end, bool) or not isinstance(end, int | float) or not math.isfinite(end) for end in (low, high)):
         raise ConfigError(f"sweep.space: {key} has min={low!r}, max={high!r}; both must be numbers.")
@@ -116,7 +131,7 @@ def plan_trials(space: SearchSpace, num_samples: int, seed: int) -> list[dict[st
     """
     if num_samples > 1 and not space.ranges:
         raise ConfigError(
-            f"sweep.num_samples={num_samples} would repeat the same trials, for sweep.space has no range; "
+            f"sweep.num_samples={num_samples} would repeat the same trials, for sweep.space has nothing to sample; "
             f"use 1, or repeat with other seeds: seed: [{', '.join(map(str, range(min(num_samples, 3))))}]."
         )
     generators = {key: random.Random(f"{seed}/{key}") for key in space.ranges}

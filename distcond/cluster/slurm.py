@@ -8,11 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+from distcond.cluster.templates import render_template, seconds
 from distcond.config import Config
 from distcond.errors import ClusterError, ConfigError
-from distcond.resources import resource_dir
 
 TEMPLATE = "slurm.sbatch.j2"
 CONFIG_FILE = "submit.yaml"
@@ -23,7 +21,6 @@ GRACE_S = 120
 "Seconds before the time limit at which a run is asked to save; a step and a checkpoint must fit in."
 PLAIN = re.compile(r"[\w./@+=:,-]*")
 "What may stand in an #SBATCH line, where nothing can be quoted and % is a pattern of Slurm's own."
-TIME_LIMIT = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}")
 
 
 def render(what: str, config: Config, folder: Path) -> str:
@@ -33,8 +30,7 @@ def render(what: str, config: Config, folder: Path) -> str:
     Raises ConfigError for a value that Slurm cannot take.
     """
     cluster = config.cluster
-    if not TIME_LIMIT.fullmatch(cluster.time_limit):
-        raise ConfigError(f"cluster.time_limit={cluster.time_limit!r} is not a time; use HH:MM:SS or D-HH:MM:SS.")
+    seconds(cluster.time_limit)
     working_dir = Path.cwd()
     for key, value in {
         "the run folder": str(folder),
@@ -43,16 +39,8 @@ def render(what: str, config: Config, folder: Path) -> str:
     }.items():
         if not PLAIN.fullmatch(value):
             raise ConfigError(f"{key} is {value!r}; Slurm takes letters, digits and ./@+=:,-_ alone there.")
-    environment = Environment(
-        loader=FileSystemLoader(resource_dir("launch")),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
-    environment.filters["shell"] = lambda value: shlex.quote(str(value))
-    return environment.get_template(TEMPLATE).render(
+    return render_template(
+        TEMPLATE,
         what=what,
         name=folder.name,
         folder=folder,

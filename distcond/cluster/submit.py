@@ -11,7 +11,7 @@ from typing import Literal
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 import distcond
-from distcond.cluster import jobs, package, slurm
+from distcond.cluster import jobs, kuberay, package, slurm
 from distcond.cluster.sweep import name_sweep, plan
 from distcond.cluster.trainer import name_run
 from distcond.compose import override, save_config, to_yaml
@@ -32,7 +32,7 @@ def submit(what: Literal["train", "sweep"], config: Config, overrides: list[str]
     Raises ConfigError or ClusterError for what cannot be sent.
     """
     if config.cluster.name == ClusterName.local:
-        raise ConfigError(f"cluster=local is this machine; use cluster=ray or cluster=slurm, or `distcond {what}`.")
+        raise ConfigError(f"cluster=local is this machine; use cluster=ray, slurm or kuberay, or `distcond {what}`.")
     if config.run.fork:
         raise ConfigError("run.fork=true starts one new run where it is typed; use distcond train, then submit its run.name.")
     named = name_run(config) if what == "train" else name_sweep(config)
@@ -40,8 +40,10 @@ def submit(what: Literal["train", "sweep"], config: Config, overrides: list[str]
         plan(named)  # a bad space is told here, not by the cluster
     if config.cluster.name == ClusterName.ray:
         return _submit_to_ray(what, named, overrides, dry_run)
-    assert config.cluster.name == ClusterName.slurm
-    return _submit_to_slurm(what, named, dry_run)
+    if config.cluster.name == ClusterName.slurm:
+        return _submit_to_slurm(what, named, dry_run)
+    assert config.cluster.name == ClusterName.kuberay
+    return _submit_to_kuberay(what, named, dry_run)
 
 
 def result_folder(what: str, config: Config) -> Path:
@@ -53,13 +55,18 @@ def make_job(what: str, config: Config, overrides: list[str]) -> jobs.Job:
     """The job that runs `distcond <what>` inside a package whose root holds the resolved configuration."""
     return jobs.Job(
         entrypoint=f"python -u -m distcond {what} --config {package.CONFIG_FILE}",
-        runtime_env={"env_vars": {name: without_user(os.environ[name]) for name in FORWARDED_VARIABLES if name in os.environ}},
+        runtime_env={"env_vars": forwarded_variables()},
         metadata={
             "distcond": distcond.__version__,
             "folder": str(result_folder(what, config)),
             "overrides": shlex.join(overrides),
         },
     )
+
+
+def forwarded_variables() -> dict[str, str]:
+    """What of this environment goes along."""
+    return {name: without_user(os.environ[name]) for name in FORWARDED_VARIABLES if name in os.environ}
 
 
 def _submit_to_ray(what: str, config: Config, overrides: list[str], dry_run: bool) -> int:
@@ -121,4 +128,17 @@ def _submit_to_slurm(what: str, config: Config, dry_run: bool) -> int:
     file = folder / slurm.SCRIPT_FILE
     file.write_text(script, encoding="utf-8")
     _say(f"{file}: {slurm.hand_to_sbatch(file)}")
+    return 0
+
+
+def _submit_to_kuberay(what: str, config: Config, dry_run: bool) -> int:
+    # Inside the cluster, Ray tells the job where it is.
+    sent = override(config, {"cluster.address": ""})
+    manifest = kuberay.render(what, sent, result_folder(what, config), forwarded_variables())
+    if dry_run:
+        _write(manifest)
+        return 0
+    file = Path(f"{result_folder(what, config).name}.{kuberay.MANIFEST_FILE}").resolve()
+    file.write_text(manifest, encoding="utf-8")
+    _say(f"{file}: {kuberay.hand_to_kubectl(file)}")
     return 0

@@ -4,24 +4,32 @@ import math
 import re
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
+from rich.table import Table
 
+from distcond.cluster.command_line import train_line
 from distcond.cluster.local import preflight, ray_session
 from distcond.cluster.policy import Room, ask_of, check_room, num_runs_at_once
 from distcond.cluster.search_space import parse_space, plan_trials
+from distcond.cluster.sweep_plot import PLOT_FILE, plot
 from distcond.cluster.sweep_report import (
     RESULT_FILE,
     Memory,
+    Outcome,
     Status,
     Trial,
     quality_metric,
     read_outcome,
+    read_past,
     save,
     show,
+    table_of,
 )
 from distcond.compose import override
 from distcond.config import Config, DataConfig, SweepConfig
@@ -31,6 +39,8 @@ from distcond.train.run_folder import RunFolder
 
 LONGEST_NAME = 80
 "Of a trial's folder, in characters."
+LONGER = 4
+"Times as many steps for the winner."
 SAVE_TIMEOUT_S = 6.0
 "How long Ctrl-C waits for the trials that run to save themselves."
 
@@ -38,29 +48,35 @@ SAVE_TIMEOUT_S = 6.0
 def sweep(config: Config) -> int:
     """The whole of `distcond sweep`; returns the exit status, 1 if any trial failed.
 
-    Raises ConfigError or ClusterError before anything starts.
+    The same sweep.name again goes on where the sweep was interrupted: what is over stays, what was running continues.
+    Raises ConfigError, ClusterError or RunError before anything starts.
     """
     config = name_sweep(config)
     config = replace(config, data=absolute_paths(config.data))  # trials run in other folders
     trials = plan(config)
+    folder = Path(config.run.dir) / config.sweep.name
+    kept = read_past(folder / RESULT_FILE, trials)
+    memory = Memory(started=set(kept), ended=set(kept), kept=kept)
     for trial in trials:
         preflight(trial.config.cluster)
     open_data(trials)
-    folder, memory = Path(config.run.dir) / config.sweep.name, Memory()
+    report = Report(config, trials, folder, memory)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     try:
-        with ray_session(config.cluster, folder / "logs") as room:
-            _run(config, trials, room, folder / "logs", memory)
+        if len(kept) < len(trials):
+            with ray_session(config.cluster, folder / "logs") as room:
+                _run(config, trials, room, report)
     finally:  # what there is after Ctrl-C is worth a table too
-        outcomes = [read_outcome(trial, memory) for trial in trials]
+        outcomes = report.write()
         if any(outcome.status != Status.not_run for outcome in outcomes):
-            quality = quality_metric(trials[0].config)
-            save(folder / RESULT_FILE, config.sweep.name, quality, outcomes)
-            show(Console(), folder, quality, outcomes)
+            has_plot = plot(folder / PLOT_FILE, config.sweep.name, report.quality, outcomes)
+            show(report.console, folder, report.quality, outcomes, longer(trials, outcomes))
+            if has_plot:
+                report.console.print(f"As a picture: {folder / PLOT_FILE}", markup=False, highlight=False, soft_wrap=True)
     return int(any(outcome.status == Status.failed for outcome in outcomes))
 
 
-def _run(config: Config, trials: Sequence[Trial], room: Room, logs: Path, memory: Memory) -> None:
+def _run(config: Config, trials: Sequence[Trial], room: Room, report: "Report") -> None:
     # NOTE: Tune is imported here rather than above: a mistake in the space is to be told before.
     from distcond.cluster.tuning import make_scheduler, run_trials
 
@@ -68,13 +84,61 @@ def _run(config: Config, trials: Sequence[Trial], room: Room, logs: Path, memory
         check_room(ask_of(trial.config.cluster), room)
     at_once = num_at_once(trials, room, config.sweep.max_concurrent)
     scheduler = make_scheduler(config, grace_steps(config))
-    Console().print(f"{len(trials)} trials, {at_once} at a time", highlight=False)
+    before = f", {len(report.memory.kept)} of them done before" if report.memory.kept else ""
+    report.console.print(f"{len(trials)} trials, {at_once} at a time{before}", highlight=False)
     try:
-        run_trials(trials, scheduler, at_once, logs, memory)
+        with report.live():
+            run_trials(trials, scheduler, at_once, report.folder / "logs", report.memory, report.tell)
     except KeyboardInterrupt:
-        Console().print("Stopping, after a checkpoint of what runs; once more stops at once.", soft_wrap=True)
-        stop([trial for trial in trials if trial.name in memory.running], SAVE_TIMEOUT_S)
+        report.console.print("Stopping, after a checkpoint of what runs; once more stops at once.", soft_wrap=True)
+        stop([trial for trial in trials if trial.name in report.memory.running], SAVE_TIMEOUT_S)
         raise
+
+
+class Report:
+    """What a sweep shows and keeps while it runs."""
+
+    def __init__(self, config: Config, trials: Sequence[Trial], folder: Path, memory: Memory) -> None:
+        self.trials, self.folder, self.memory, self.console = trials, folder, memory, Console()
+        self.quality, self._name = quality_metric(trials[0].config), config.sweep.name
+
+    def write(self) -> list[Outcome]:
+        """Keep what there is in `sweep.json`, from which an interrupted sweep goes on."""
+        outcomes = [read_outcome(trial, self.memory) for trial in self.trials]
+        if any(outcome.status != Status.not_run for outcome in outcomes):
+            save(self.folder / RESULT_FILE, self._name, self.quality, outcomes)
+        return outcomes
+
+    def tell(self, trial: Trial) -> None:
+        """A line for a trial that has ended."""
+        self.write()
+        outcome = read_outcome(trial, self.memory)
+        quality = "" if outcome.quality is None else f", {self.quality} {outcome.quality:.4g}"
+        ended = f"[{len(self.memory.ended)}/{len(self.trials)}]"
+        line = f"{ended} {trial.name}: {outcome.status} at step {outcome.steps}{quality}"
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def live(self) -> AbstractContextManager[Any]:
+        """The table of trials as it is now, where there is a terminal."""
+        if not self.console.is_terminal:
+            return nullcontext()
+        return Live(console=self.console, get_renderable=self._table, refresh_per_second=1, transient=True)
+
+    def _table(self) -> Table:
+        outcomes = [read_outcome(trial, self.memory, is_live=True) for trial in self.trials]
+        return table_of(self.quality, outcomes)
+
+
+def longer(trials: Sequence[Trial], outcomes: Sequence[Outcome]) -> str:
+    """The command that trains the trial of the best quality for LONGER times as many steps, as a run of its own."""
+    judged = [outcome for outcome in outcomes if outcome.quality is not None and outcome.status != Status.failed]
+    if not judged:
+        return ""
+    winner = min(judged, key=lambda outcome: (outcome.quality, outcome.ponder_steps or math.inf))
+    config = next(trial.config for trial in trials if trial.name == winner.name)
+    name = f"{Path(config.run.dir).name}-{winner.name}"
+    steps = LONGER * config.train.max_steps
+    return train_line(config, {"run.dir": str(Path(config.run.dir).parent), "run.name": name, "train.max_steps": steps})
 
 
 def stop(trials: Sequence[Trial], timeout_s: float) -> None:

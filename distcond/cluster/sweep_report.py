@@ -14,8 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from distcond.cluster.search_space import pareto_front
+from distcond.compose import load_config
 from distcond.config import Config, DataName
+from distcond.errors import RunError
 from distcond.train.fits import cost_of
+from distcond.train.run_folder import check_continues
 
 STEPS = "val/ponder/steps"
 "Mean ponder steps executed on the validation set."
@@ -26,6 +29,7 @@ class Status(StrEnum):
     """How a trial ended."""
 
     finished = "finished"
+    running = "running"
     stopped = "stopped"
     failed = "failed"
     not_run = "not run"
@@ -62,6 +66,8 @@ class Memory:
     started: set[str] = field(default_factory=set)
     ended: set[str] = field(default_factory=set)
     failed: set[str] = field(default_factory=set)
+    kept: set[str] = field(default_factory=set)
+    "Those that had ended before, when the same sweep was interrupted; they are in `started` and `ended`, too."
 
     @property
     def running(self) -> set[str]:
@@ -82,6 +88,8 @@ class Outcome:
     parameters: int
     folder: str
     error: str | None
+    is_over: bool
+    "Whether the sweep is done with it, whatever it comes to; an interrupted one is not."
 
     @property
     def command(self) -> str:
@@ -94,8 +102,11 @@ def quality_metric(config: Config) -> str:
     return "val/bpb" if config.data.name in {DataName.stdlib, DataName.text, DataName.hf} else "val/sequence_error"
 
 
-def read_outcome(trial: Trial, memory: Memory) -> Outcome:
-    """What a trial's run folder says. Truth is in metrics.jsonl: Tune sees only what reached it in time."""
+def read_outcome(trial: Trial, memory: Memory, *, is_live: bool = False) -> Outcome:
+    """What a trial's run folder says. Truth is in metrics.jsonl: Tune sees only what reached it in time.
+
+    is_live: the sweep goes on, so that a trial without an end is one that runs.
+    """
     rows = _read_rows(trial.folder / "metrics.jsonl")
     quality = quality_metric(trial.config)
     validated: dict[str, Any] = next((row for row in reversed(rows) if quality in row), {})
@@ -106,7 +117,7 @@ def read_outcome(trial: Trial, memory: Memory) -> Outcome:
     elif steps >= trial.config.train.max_steps:
         status = Status.finished
     elif trial.name in memory.started:
-        status = Status.stopped
+        status = Status.running if is_live and trial.name in memory.running else Status.stopped
     return Outcome(
         name=trial.name,
         overrides=trial.overrides,
@@ -117,7 +128,29 @@ def read_outcome(trial: Trial, memory: Memory) -> Outcome:
         parameters=trial.count_parameters(),
         folder=str(trial.folder),
         error=error,
+        is_over=trial.name in memory.ended - memory.failed,
     )
+
+
+def read_past(file: Path, trials: Sequence[Trial]) -> set[str]:
+    """Names of the trials that an earlier, interrupted run of the same sweep is done with.
+
+    Raises RunError where `sweep.json` is that of another sweep, or such a trial was run with other settings.
+    """
+    if not file.is_file():
+        return set()
+    try:
+        past = {entry["name"]: entry for entry in json.loads(file.read_text(encoding="utf-8"))["trials"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{file} is damaged; remove it to run all trials again, or use another sweep.name.") from error
+    planned = {trial.name: trial for trial in trials}
+    for name, entry in past.items():
+        if name not in planned or entry.get("overrides") != planned[name].overrides:
+            raise RunError(f"{file.parent} holds another sweep (it has {name}, this one has not); use another sweep.name.")
+    over = {name for name, entry in past.items() if entry.get("is_over") and (planned[name].folder / "config.yaml").is_file()}
+    for name in sorted(over):
+        check_continues(load_config(planned[name].folder / "config.yaml"), planned[name].config, planned[name].folder)
+    return over
 
 
 def _read_rows(file: Path) -> list[dict[str, Any]]:
@@ -152,8 +185,22 @@ def save(file: Path, name: str, quality: str, outcomes: Sequence[Outcome]) -> No
     temporary.replace(file)
 
 
-def show(console: Console, folder: Path, quality: str, outcomes: Sequence[Outcome]) -> None:
-    """All trials as a table; the Pareto front of quality against executed steps; failures with their logs."""
+def show(console: Console, folder: Path, quality: str, outcomes: Sequence[Outcome], longer: str = "") -> None:
+    """All trials as a table; the Pareto front of quality against executed steps; failures with their logs.
+
+    longer: the command that trains the winner for longer.
+    """
+    front = best(outcomes)
+    console.print(table_of(quality, outcomes))
+    _show_lines(console, "Best for their number of steps:", (_front_line(outcome, quality) for outcome in front))
+    _show_lines(console, "Train the best for longer:", [longer] if longer else [])
+    failed = [outcome for outcome in outcomes if outcome.status == Status.failed]
+    _show_lines(console, "Failed:", (f"{outcome.name}: {outcome.error} (logs: {outcome.folder}/logs)" for outcome in failed))
+    _show_lines(console, f"All of it: {folder / RESULT_FILE}", ())
+
+
+def table_of(quality: str, outcomes: Sequence[Outcome]) -> Table:
+    """One line a trial, the best one first."""
     front = best(outcomes)
     keys = list(dict.fromkeys(key for outcome in outcomes for key in outcome.overrides))
     title = f"{len(outcomes)} trials; * no other is both better and cheaper"
@@ -166,11 +213,7 @@ def show(console: Console, folder: Path, quality: str, outcomes: Sequence[Outcom
         values = [str(outcome.overrides.get(key, "")) for key in keys]
         numbers = [_number(value) for value in (outcome.steps, outcome.quality, outcome.ponder_steps, outcome.parameters)]
         table.add_row("*" if outcome in front else "", *values, outcome.status, *numbers)
-    console.print(table)
-    _show_lines(console, "Best for their number of steps:", (_front_line(outcome, quality) for outcome in front))
-    failed = [outcome for outcome in outcomes if outcome.status == Status.failed]
-    _show_lines(console, "Failed:", (f"{outcome.name}: {outcome.error} (logs: {outcome.folder}/logs)" for outcome in failed))
-    _show_lines(console, f"All of it: {folder / RESULT_FILE}", ())
+    return table
 
 
 def _show_lines(console: Console, title: str, lines: Iterable[str]) -> None:

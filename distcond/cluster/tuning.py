@@ -9,17 +9,16 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 from ray.tune.logger import JsonLoggerCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
-from rich.console import Console
 
 from distcond.cluster.progress import Tail
-from distcond.cluster.sweep_report import Memory, Trial, quality_metric, read_outcome
+from distcond.cluster.sweep_report import Memory, Trial, quality_metric
 from distcond.cluster.trainer import fit, prepare_run
 from distcond.config import Config
 from distcond.train.run_folder import RunFolder
@@ -38,15 +37,23 @@ SETTINGS = {
 }
 
 
-def run_trials(trials: Sequence[Trial], scheduler: TrialScheduler, at_once: int, logs: Path, memory: Memory) -> None:
+def run_trials(
+    trials: Sequence[Trial],
+    scheduler: TrialScheduler,
+    at_once: int,
+    logs: Path,
+    memory: Memory,
+    ended: Callable[[Trial], None],
+) -> None:
     """Run all trials on the Ray that is there, `at_once` side by side; what happens to them goes to `memory` as it does.
 
+    Of those in memory.kept the scheduler hears what they came to, and nothing is run. ended: called with each that ends.
     logs: absolute folder for Tune's own files.
     """
     os.environ |= SETTINGS
     by_name = {trial.name: trial for trial in trials}
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(Driver, trials=by_name), driver_resources(at_once)),
+        tune.with_resources(tune.with_parameters(Driver, trials=by_name, kept=frozenset(memory.kept)), driver_resources(at_once)),
         param_space={"name": tune.grid_search(list(by_name))},
         tune_config=tune.TuneConfig(
             scheduler=scheduler,
@@ -60,7 +67,7 @@ def run_trials(trials: Sequence[Trial], scheduler: TrialScheduler, at_once: int,
             verbose=0,
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a run keeps its own
             # Tune warns of every trial that leaves it no result.json.
-            callbacks=[_Watcher(trials, memory), JsonLoggerCallback()],
+            callbacks=[_Watcher(memory, lambda name: ended(by_name[name])), JsonLoggerCallback()],
         ),
     )
     tuner.fit()
@@ -101,17 +108,21 @@ class Driver(tune.Trainable):  # type: ignore[misc]  # Ray is untyped
     #54305), and with it the cores that the next trial waits for.
     """
 
-    def setup(self, config: dict[str, Any], trials: Mapping[str, Trial]) -> None:
-        """Called by Tune: config names one of `trials`."""
+    def setup(self, config: dict[str, Any], trials: Mapping[str, Trial], kept: frozenset[str]) -> None:
+        """Called by Tune: config names one of `trials`. Of one that goes on, or is `kept`, the earlier validations count too."""
         self._trial = trials[config["name"]]
         self._folder = RunFolder(self._trial.folder)
-        self._trial.error_file.unlink(missing_ok=True)
+        self._step = 0
         self._validations: deque[dict[str, Any]] = deque()
         self._last: dict[str, Any] = {}
         self._error: Exception | None = None
-        self._rows = Tail(self._folder.metrics)
+        self._rows = Tail(self._folder.metrics, whole=True)
         self._thread = threading.Thread(target=self._train, daemon=True)
-        self._thread.start()
+        if self._trial.name in kept:
+            self._read()
+        else:
+            self._trial.error_file.unlink(missing_ok=True)
+            self._thread.start()
 
     def _train(self) -> None:
         try:
@@ -139,7 +150,8 @@ class Driver(tune.Trainable):  # type: ignore[misc]  # Ray is untyped
     def _read(self) -> None:
         quality = quality_metric(self._trial.config)
         for row in map(json.loads, self._rows.read()):
-            if quality in row:
+            if quality in row and row["step"] > self._step:  # a run that goes on from a checkpoint repeats some
+                self._step = row["step"]
                 # A run that has diverged writes null; to ASHA it is the worst of all.
                 self._validations.append(row if row[quality] is not None else {**row, quality: math.inf})
 
@@ -155,29 +167,26 @@ def _name_of(trial: Any) -> str:
 
 
 class _Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped
-    """Remembers which trials have started and failed, with a line on the screen as each ends.
+    """Remembers which trials have started, ended and failed."""
 
-    NOTE: Tune pickles it, so it holds plain values alone.
-    """
+    def __init__(self, memory: Memory, ended: Callable[[str], None]) -> None:
+        self._memory, self._ended = memory, ended
 
-    def __init__(self, trials: Sequence[Trial], memory: Memory) -> None:
-        self._trials = {trial.name: trial for trial in trials}
-        self._memory = memory
+    def __getstate__(self) -> dict[str, Any]:
+        """NOTE: Tune pickles its callbacks, to go on after a crash of its own; nobody reads that."""
+        return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._memory.started.add(_name_of(trial))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._say(_name_of(trial))
+        self._end(_name_of(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._memory.failed.add(_name_of(trial))
-        self._say(_name_of(trial))
+        self._end(_name_of(trial))
 
-    def _say(self, name: str) -> None:
+    def _end(self, name: str) -> None:
         self._memory.ended.add(name)
-        trial = self._trials[name]
-        outcome = read_outcome(trial, self._memory)
-        quality = "" if outcome.quality is None else f", {quality_metric(trial.config)} {outcome.quality:.4g}"
-        line = f"[{len(self._memory.ended)}/{len(self._trials)}] {name}: {outcome.status} at step {outcome.steps}{quality}"
-        Console().print(line, markup=False, highlight=False, soft_wrap=True)
+        if name not in self._memory.kept:
+            self._ended(name)

@@ -103,3 +103,4 @@ class ClusterName(StrEnum):
     local = "local"
     ray = "ray"
     slurm = "slurm"
+    kuberay = "kuberay"

@@ -14,7 +14,7 @@ class ClusterConfig:
     """Where a run runs and how node tables are spread over its ranks."""
 
     name: ClusterName = ClusterName.local
-    "local: a Ray started for this run. ray: a running cluster. slurm: a batch script."
+    "local: a Ray started for this run. ray: a running cluster. slurm: a batch script. kuberay: a RayJob on Kubernetes."
     address: str = ""
     "ray: address of the cluster: its dashboard for submit (http://host:8265). Empty: RAY_ADDRESS."
     num_workers: int = 2
@@ -39,12 +39,24 @@ class ClusterConfig:
     partition: str = ""
     "slurm: partition; empty: the cluster's default."
     time_limit: str = "04:00:00"
-    "slurm: wall-clock limit, HH:MM:SS."
+    "slurm, kuberay: wall-clock limit, HH:MM:SS or D-HH:MM:SS."
+    image: str = "distcond:0.1.0"
+    "kuberay: image of every pod, built from docker/."
+    namespace: str = "default"
+    "kuberay: where the pods are."
+    storage_claim: str = ""
+    "kuberay: PersistentVolumeClaim that all pods mount at run.dir."
+    env_from: str = ""
+    "kuberay: Secret whose entries become environment variables of the pods, e.g. WANDB_API_KEY; empty: none."
+    memory_gib_per_worker: float = 8.0
+    "kuberay: memory of a rank's pod beside Ray's object store; > 0."
 
     def __post_init__(self) -> None:
         need(1 <= self.num_workers <= MOST_WORKERS, f"cluster.num_workers={self.num_workers} is outside 1..{MOST_WORKERS}.")
         need(self.cpus_per_worker > 0, f"cluster.cpus_per_worker={self.cpus_per_worker} is not positive.")
         need(self.gpus_per_worker >= 0, f"cluster.gpus_per_worker={self.gpus_per_worker} is negative.")
+        memory = self.memory_gib_per_worker
+        need(memory > 0, f"cluster.memory_gib_per_worker={memory} is not positive; e.g. 8.")
         need(self.max_failures >= 0, f"cluster.max_failures={self.max_failures} is negative; use 0 or more.")
         need(self.hang_timeout_s > 0, f"cluster.hang_timeout_s={self.hang_timeout_s} is not positive; use seconds, e.g. 600.")
         size = self.expert_parallel_size
@@ -65,9 +77,9 @@ class SweepConfig:
     name: str = ""
     "Name of the sweep's folder under run.dir; empty: made from the time."
     space: dict[str, Any] = field(default_factory=dict)
-    "Dotted key -> list (grid) or {min, max, scale: linear|log} (range)."
+    "Dotted key -> list (grid), {min, max, scale: linear|log} (range) or {choice: list} (one of them a sample)."
     num_samples: int = 1
-    "Samples of the ranges, each crossed with the whole grid; >= 1."
+    "Samples of the ranges and choices, each crossed with the whole grid; >= 1."
     asha_grace: float = 0.25
     "Share of train.max_steps that every trial gets before ASHA may stop it; in (0, 1]."
     asha_reduction: int = 2

@@ -32,6 +32,14 @@ def test_samples_depend_on_the_seed_and_on_their_own_key_alone() -> None:
     assert twins["lr"] != twins["other"]
 
 
+def test_a_choice_takes_one_of_its_values_a_sample() -> None:
+    space = parse_space({"kind": {"choice": ["act", "ponder", None]}, "depth": [2, 4]})
+    trials = plan_trials(space, num_samples=40, seed=0)
+    assert len(trials) == 2 * 40
+    assert all(first["kind"] == second["kind"] for first, second in zip(trials[::2], trials[1::2], strict=True))
+    assert {trial["kind"] for trial in trials} == {"act", "ponder", None}
+
+
 @pytest.mark.parametrize("scale", list(Scale))
 def test_samples_stay_inside_and_reach_both_ends_of_an_integer_range(scale: Scale) -> None:
     interval, generator = Range(1, 4, scale), random.Random(0)

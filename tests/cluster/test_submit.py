@@ -33,7 +33,7 @@ def test_submitting_to_this_machine_is_refused() -> None:
 
 def test_a_fork_is_not_submitted_for_a_job_that_is_started_again_would_fork_again() -> None:
     config = compose(["cluster=slurm", "run.name=a", "run.fork=true"])
-    with pytest.raises(ConfigError, match="run.fork=true starts one new run where it is typed"):
+    with pytest.raises(ConfigError, match=r"run.fork=true starts one new run where it is typed"):
         submit("train", config, [], dry_run=True)
 
 

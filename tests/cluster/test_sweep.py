@@ -2,6 +2,8 @@ import functools
 import io
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -16,11 +18,12 @@ from rich.console import Console
 
 from distcond.cluster import sweep_report
 from distcond.cluster.policy import Room
-from distcond.cluster.sweep import grace_steps, name_sweep, num_at_once, plan, trial_name, validation_interval
+from distcond.cluster.sweep import grace_steps, longer, name_sweep, num_at_once, plan, trial_name, validation_interval
+from distcond.cluster.sweep_plot import plot
 from distcond.cluster.sweep_report import Memory, Outcome, Status, Trial
 from distcond.compose import compose, load_config, save_config
 from distcond.config import ClusterConfig, Config, SweepConfig, TrainConfig
-from distcond.errors import ConfigError
+from distcond.errors import ConfigError, RunError
 from tests.helpers import changed
 
 
@@ -189,7 +192,7 @@ def test_a_trial_that_never_started_has_no_figures(tmp_path: Path) -> None:
 
 def _outcome(name: str, quality: float | None, steps: float | None, status: Status = Status.finished) -> Outcome:
     error = "a worker died" if status == Status.failed else None
-    return Outcome(name, {"model.tree.depth": 2}, status, 50, quality, steps, 1000, f"/runs/s/{name}", error)
+    return Outcome(name, {"model.tree.depth": 2}, status, 50, quality, steps, 1000, f"/runs/s/{name}", error, True)
 
 
 def test_table_and_file_tell_the_same_front(tmp_path: Path) -> None:
@@ -212,6 +215,66 @@ def test_table_and_file_tell_the_same_front(tmp_path: Path) -> None:
     assert sum(line.lstrip("│ ").startswith("*") for line in shown.splitlines()) == 2
     assert "val/bpb 2.1 at 3 ponder steps: distcond train --config /runs/s/good/config.yaml" in shown
     assert "failed: a worker died (logs: /runs/s/failed/logs)" in shown
+
+
+def test_the_picture_shows_what_was_judged(tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    outcomes = [_outcome("cheap", 2.5, 1.0), _outcome("good", 2.1, 3.0), _outcome("bad", 9.0, 1.0, Status.failed)]
+    assert plot(tmp_path / "a.png", "s", "val/bpb", outcomes)
+    assert plot(tmp_path / "b.png", "s", "val/bpb", outcomes[:1])
+    first, second = imread(tmp_path / "a.png"), imread(tmp_path / "b.png")
+    assert first.shape == second.shape == (450, 700, 4)
+    assert (first != second).any()
+    assert not plot(tmp_path / "c.png", "s", "val/bpb", [_outcome("early", None, None, Status.stopped)])
+    assert not (tmp_path / "c.png").exists()
+
+
+@pytest.mark.parametrize("sweep", ["depth_x_penalty", "depth_x_target_steps"])
+def test_the_winner_can_be_trained_for_longer_by_one_line(tmp_path: Path, sweep: str) -> None:
+    config = compose([f"sweep={sweep}", f"run.dir='{tmp_path}/a b'", "sweep.name=s", "optim=adam", "data.context=64"])
+    trials = plan(name_sweep(config))
+    outcomes = [replace(_outcome(trial.name, 2.0 + index, 1.0), is_over=True) for index, trial in enumerate(trials)]
+    words = shlex.split(longer(trials, outcomes))
+    assert words[:2] == ["distcond", "train"]
+    again, won = compose(words[2:]), trials[0].config
+    assert again == changed(
+        won, run__dir=f"{tmp_path}/a b", run__name=f"s-{trials[0].name}", train__max_steps=4 * won.train.max_steps
+    )
+    assert longer(trials, [_outcome(trials[0].name, None, None)]) == ""
+
+
+# --- interrupted sweeps -----------------------------------------------------------------------------------------------
+
+
+def _past(folder: Path, trials: list[Trial], memory: Memory) -> None:
+    for trial in trials:
+        if trial.name in memory.started:
+            save_config(trial.config, _folder(trial.folder) / "config.yaml")
+    outcomes = [sweep_report.read_outcome(trial, memory) for trial in trials]
+    sweep_report.save(folder / "sweep.json", "s", "val/bpb", outcomes)
+
+
+def test_what_is_over_is_kept_and_the_rest_is_run(tmp_path: Path) -> None:
+    space = {"model.tree.depth": [0, 2, 3, 4, 5]}
+    config = changed(tiny(), run__dir=str(tmp_path), sweep__name="s", sweep__space=space)
+    trials = plan(name_sweep(config))
+    finished, stopped, failed, interrupted = (trial.name for trial in trials[:4])
+    assert sweep_report.read_past(tmp_path / "s/sweep.json", trials) == set()
+    over = {finished, stopped, failed}
+    _past(tmp_path / "s", trials, Memory(started=over | {interrupted}, ended=over, failed={failed}))
+    assert sweep_report.read_past(tmp_path / "s/sweep.json", trials) == {finished, stopped}
+    more = plan(name_sweep(changed(config, sweep__space={"model.tree.depth": [0, 2, 3, 4, 5, 6]})))
+    assert sweep_report.read_past(tmp_path / "s/sweep.json", more) == {finished, stopped}
+    other = plan(name_sweep(changed(config, sweep__space={"model.tree.depth": [1, 2]})))
+    with pytest.raises(RunError, match=r"s holds another sweep \(it has 000-depth=0, this one has not\); use another sweep.name"):
+        sweep_report.read_past(tmp_path / "s/sweep.json", other)
+    faster = plan(name_sweep(changed(config, optim__lr=0.5)))
+    with pytest.raises(RunError, match=r"000-depth=0 holds a run with other settings: optim.lr=0.5"):
+        sweep_report.read_past(tmp_path / "s/sweep.json", faster)
+    (tmp_path / "s/sweep.json").write_text('{"trials": [')
+    with pytest.raises(RunError, match=r"sweep.json is damaged"):
+        sweep_report.read_past(tmp_path / "s/sweep.json", trials)
 
 
 # --- whole sweeps -----------------------------------------------------------------------------------------------------
@@ -255,6 +318,45 @@ def test_trials_finish_or_stop_early_or_fail_and_leave_room_for_the_next(shared_
     assert load_config(Path(second["folder"]) / "config.yaml").optim.lr == 1e-9
     assert _workers() == []
     assert ray.available_resources()["CPU"] == shared_ray.cpus
+
+
+@pytest.mark.ray
+def test_an_interrupted_sweep_goes_on(shared_ray: Room, tmp_path: Path) -> None:
+    words = [
+        *("sweep.name=s", "+sweep.space={seed:[1,2,3]}", "train.max_steps=300", "train.eval_every=50", "checkpoint.every=20"),
+        *("cluster.num_workers=1", f"cluster.cpus_per_worker={shared_ray.cpus}", "sweep.asha_grace=1.0"),
+    ]
+    address = ray.get_runtime_context().gcs_address
+    first = subprocess.Popen(
+        [sys.executable, "-m", "distcond", "sweep", *TINY, f"run.dir={tmp_path}", *words],
+        env=os.environ | {"RAY_ADDRESS": address},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    second = tmp_path / "s/001-seed=2"
+    while not (second / "checkpoints/latest").exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)  # nothing is said or saved any more
+    first.communicate()
+    trials = json.loads((tmp_path / "s/sweep.json").read_text())["trials"]
+    assert [(trial["status"], trial["is_over"]) for trial in trials] == [
+        ("finished", True),
+        ("not run", False),
+        ("not run", False),
+    ]
+    rows = (tmp_path / "s/000-seed=1/metrics.jsonl").read_bytes()
+    done = _sweep(tmp_path, *words, RAY_ADDRESS=address)
+    assert done.returncode == 0, done.stderr
+    assert "3 trials, 1 at a time, 1 of them done before" in done.stdout
+    saved = json.loads((tmp_path / "s/sweep.json").read_text())
+    assert [(trial["status"], trial["steps"]) for trial in saved["trials"]] == [("finished", 300)] * 3
+    assert (tmp_path / "s/000-seed=1/metrics.jsonl").read_bytes() == rows
+    steps = [json.loads(line)["step"] for line in (second / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == 300
+    assert (tmp_path / "s/pareto.png").stat().st_size > 1000
+    assert "Train the best for longer:\n  distcond train " in done.stdout
 
 
 def _sweep(folder: Path, *overrides: str, **environment: str) -> "subprocess.CompletedProcess[str]":
