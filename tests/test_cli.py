@@ -75,7 +75,7 @@ def test_verbs_have_their_own_help(capsys: pytest.CaptureFixture[str], verb: str
         ("sweep sweep=nope", "there is no sweep/nope.yaml; sweep has depth_x_penalty"),
         ("submit", "submit was given nothing; needed is train or sweep"),
         ("submit cluster=ray", "submit was given cluster=ray; needed is train or sweep"),
-        ("submit train cluster=rya", "cluster has local, ray, slurm; did you mean ray?"),
+        ("submit train cluster=rya", "cluster has kuberay, local, ray, slurm; did you mean ray?"),
         ("evaluate", "the following arguments are required: RUN"),
         ("evaluate no/run", "no/run is not a run folder"),
         ("evaluate no/run --step last", "invalid int value: 'last'"),

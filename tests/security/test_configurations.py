@@ -15,6 +15,8 @@ from distcond.config import Config
 from distcond.config.files import FUNCTIONS, PATHS
 from distcond.errors import ConfigError
 
+pytestmark = pytest.mark.faults
+
 SECRET = "hunter2hunter2"
 LEAK = "${oc.env:PLANTED_VALUE}"
 

@@ -15,6 +15,8 @@ from distcond.cli import main
 from distcond.redaction import has_password, is_secret, redact
 from distcond.tracking import Tracker
 
+pytestmark = pytest.mark.faults
+
 WORD = "hunter2"
 "In every planted secret."
 PLANTED = {

@@ -16,6 +16,8 @@ from distcond.data.batches import LocalFeeder
 from distcond.errors import TrainingError
 from tests.helpers import folder_of, run_ranks, small_config, text_config, train_run
 
+pytestmark = pytest.mark.faults
+
 FROM = 5
 RHYTHM = {
     "train__max_steps": 12,
