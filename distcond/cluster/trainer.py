@@ -19,7 +19,7 @@ import psutil
 from rich.console import Console
 
 from distcond.cluster.local import preflight, ray_session
-from distcond.cluster.notes import take
+from distcond.cluster.notes import passed_on
 from distcond.cluster.policy import ask_of, culprits, failure_line, threads_per_worker
 from distcond.cluster.progress import Progress, Tail, duration
 from distcond.compose import load_config, override, save_config, to_dict
@@ -111,24 +111,20 @@ def fit(
         wait_for(f"{ask.num_workers} workers")
         controller, outcome = start_controller(job)
         try:
-            return _follow(job, folder, outcome, wait_for, tell)
+            with passed_on(str(folder.path), tell):
+                return _follow(job, folder, outcome, wait_for)
         finally:
             ray.kill(controller)
             started_file.unlink(missing_ok=True)
 
 
-def _follow(
-    job: "Job", folder: RunFolder, outcome: Any, wait_for: Callable[[str], None], tell: Callable[[str], None]
-) -> dict[str, Any]:
+def _follow(job: "Job", folder: RunFolder, outcome: Any, wait_for: Callable[[str], None]) -> dict[str, Any]:
     """Wait for the end. A request to stop that comes before training has begun has nothing to save."""
     import ray
     from ray.exceptions import RayError
 
-    is_training, is_over, channel = False, False, str(folder.path)
-    while not is_over:
-        is_over = bool(ray.wait([outcome], timeout=POLL_INTERVAL_S)[0])
-        for line in take(channel):
-            tell(line)
+    is_training = False
+    while not ray.wait([outcome], timeout=POLL_INTERVAL_S)[0]:
         if job.started_file.exists() != is_training:
             is_training = not is_training
             wait_for("the first figures" if is_training else f"{job.ask.num_workers} workers")
