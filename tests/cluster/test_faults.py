@@ -163,6 +163,7 @@ def test_a_sigterm_during_training_saves_and_ends_within_10_s(undisturbed: Path,
     assert (run / "checkpoints" / f"step_{summary['step']:08d}").is_dir()
 
 
+@pytest.mark.slow  # a start of Ray or two; what it rests on is tested more cheaply, too
 def test_a_sigterm_to_all_processes_ends_in_a_line_and_the_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     command = start(tmp_path, train__max_steps=10**6)
     run = tmp_path / "run"
@@ -185,6 +186,7 @@ def test_a_batch_that_memory_cannot_hold_is_told_in_a_line_and_not_tried_for_eve
     assert len((path / "logs" / "restarts.log").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow  # a start of Ray or two; what it rests on is tested more cheaply, too
 def test_a_fork_is_told_in_a_line_and_what_it_cannot_load_in_another(undisturbed: Path, tmp_path: Path) -> None:
     shutil.copytree(undisturbed, tmp_path / "run")
     config = faulty_config(tmp_path, run__fork=True, train__max_steps=NUM_STEPS + 5, optim__lr=1e-3)

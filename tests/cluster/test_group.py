@@ -32,7 +32,7 @@ def make_job(folder: Path, **changes: Any) -> Job:
 
     parts = {
         "train": train,
-        "join": lambda address, port: None,
+        "join": lambda address, port, store: None,
         "ask": Ask(2, 1, 0),
         "max_failures": 3,
         "hang_timeout_s": HANG_TIMEOUT_S,
@@ -81,7 +81,7 @@ def test_a_frozen_worker_is_found_in_time_and_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 def test_a_worker_that_is_gone_before_training_begins_gives_its_cores_back(number: int, tmp_path: Path) -> None:
-    def join(address: str, port: int) -> None:
+    def join(address: str, port: int, store: Path) -> None:
         (tmp_path / "finish").touch()
         try:
             (tmp_path / "first").mkdir()
