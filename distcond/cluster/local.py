@@ -24,6 +24,7 @@ OBJECT_STORE_BYTES = 256 * 2**20
 STOP_TIMEOUT_S = 3.0
 "How long processes may take to end before they are killed."
 CONNECT_TIMEOUT_S = 3.0
+LOOPBACK = "127.0.0.1"
 PREFIX, LOCK = "distcond-ray-", "lock"
 "Of the names of folders for Ray's files, and of the file in each that a living run holds."
 SETTINGS = {
@@ -104,7 +105,8 @@ def _connected(cluster: ClusterConfig) -> Iterator[Room]:
         )
     address = _find(given)
     _check_token(address, given)
-    ray.init(address=address, log_to_driver=False)
+    with _on_loopback() if address.startswith(LOOPBACK) else contextlib.nullcontext():
+        ray.init(address=address, log_to_driver=False)
     try:
         total = ray.cluster_resources()
         room = Room(total.get("CPU", 0), total.get("GPU", 0), f"the cluster at {given}")
@@ -121,6 +123,9 @@ def _find(given: str) -> str:
     try:
         address: str = canonicalize_bootstrap_address(given) or ""
         host, _, port = address.rpartition(":")
+        # NOTE: for loopback Ray takes the machine's address, at which one that we have started does not listen.
+        if not _answers(host.strip("[]"), int(port)) and given.startswith((LOOPBACK, "localhost")):
+            host, address = LOOPBACK, f"{LOOPBACK}:{port}"
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
     except (OSError, ValueError) as error:
         raise ClusterError(
@@ -128,6 +133,14 @@ def _find(given: str) -> str:
             "RAY_ADDRESS empty to train on this machine."
         ) from error
     return address
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), CONNECT_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def _check_token(address: str, given: str) -> None:
@@ -217,18 +230,27 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
 @contextmanager
 def _closed_to_others() -> Iterator[None]:
     """A Ray that is started inside listens on 127.0.0.1 alone, and asks for the token even if another Ray here does not."""
+    mode = os.environ.pop("RAY_AUTH_MODE", None)
+    try:
+        with _on_loopback():
+            yield
+    finally:
+        os.environ.pop("RAY_AUTH_MODE", None)
+        os.environ.update({"RAY_AUTH_MODE": mode} if mode is not None else {})
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Ray's processes that are started inside have 127.0.0.1 for their node's address."""
     from ray._private import ray_constants
 
     # NOTE: what Ray 2.60 does on macOS. Its _node_ip_address="127.0.0.1" means all addresses, and its environment variable
     # RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER is read when Ray is imported, which may be long ago.
     before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
-    mode = os.environ.pop("RAY_AUTH_MODE", None)
     try:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
-        os.environ.pop("RAY_AUTH_MODE", None)
-        os.environ.update({"RAY_AUTH_MODE": mode} if mode is not None else {})
 
 
 def _make_token() -> None:
