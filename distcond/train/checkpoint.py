@@ -9,6 +9,7 @@ train/checkpoint_writer.py writes them.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -151,7 +152,7 @@ def _figure(checkpoint: Path) -> float | None:
         value = read_state(checkpoint).get("validation")
     except (OSError, ValueError, RunError):
         return None
-    return None if value is None else float(value)
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def _remove(checkpoint: Path) -> None:

@@ -1,5 +1,6 @@
 """What happens beside training: stop requests, metrics, validation, checkpoints, profiles."""
 
+import contextlib
 import logging
 import time
 
@@ -104,7 +105,7 @@ class ValidationHook:
 
 
 class CheckpointHook:
-    """Checkpoints every `checkpoint.every` steps, and at the end; they are written while training goes on.
+    """Checkpoints every `checkpoint.every` steps, and at the end, written while training goes on; the summary with each.
 
     None while steps are left out in a row: what was saved before them may be better.
     """
@@ -121,6 +122,9 @@ class CheckpointHook:
             run.note(f"The checkpoint before step {run.step} is still being written; that of step {run.step} is left out.")
         if run.is_last:
             self._finish(run)
+        elif run.engine.tables.world.rank == 0:
+            with contextlib.suppress(OSError):  # a disk that is full costs no run; at the end it is written for certain
+                write_json(run.folder.summary_file, run.summary)
         run.meter.started += time.perf_counter() - start
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from distcond.config import Config
 from distcond.data.batch import Batch
 from distcond.data.batches import LocalFeeder
 from distcond.errors import RunError
-from distcond.train.checkpoint import newest_checkpoint, read_state
+from distcond.train.checkpoint import newest_checkpoint, prune, read_state
 from tests.helpers import changed, folder_of, run_ranks, small_config, text_config, train_here, train_run
 from tests.train.traces import rows_by_node
 
@@ -375,3 +375,31 @@ def test_latest_never_names_an_incomplete_checkpoint(straight: Config, tmp_path:
 def test_only_the_last_checkpoints_are_kept(straight: Config) -> None:
     kept = sorted(path.name for path in (Path(straight.run.dir) / "run/checkpoints").iterdir())
     assert kept == ["latest", *(f"step_0000000{step}" for step in (2, 3, 4, 5))]
+
+
+def test_the_summary_is_there_with_the_first_checkpoint_and_the_best_is_a_number(tmp_path: Path) -> None:
+    config = small_config(tmp_path, cluster__num_workers=1, train__max_steps=6)
+    (summaries,) = run_ranks(summaries_of, 1, config)
+    assert summaries == {3: 2, 5: 4}
+    checkpoints = tmp_path / "run/checkpoints"
+    state = json.loads((checkpoints / "step_00000004/state.json").read_text())
+    for value, kept in ((float("nan"), []), (0.5, ["step_00000004"])):
+        (checkpoints / "step_00000004/state.json").write_text(json.dumps({**state, "validation": value}))
+        prune_to = shutil.copytree(checkpoints, tmp_path / f"pruned_{value}")
+        prune(prune_to, keep_last=1, keep_best=1)
+        others = [path.name for path in sorted(prune_to.glob("step_*")) if path.name == "step_00000004"]
+        assert others == kept
+
+
+def summaries_of(config: Config) -> dict[int, int]:
+    """The step in summary.json when steps 3 and 5 are asked for."""
+    found: dict[int, int] = {}
+
+    class ReadingFeeder(LocalFeeder):
+        def get(self, step: int, micro: int) -> Batch:
+            if step in (3, 5):
+                found[step] = json.loads(folder_of(config).summary_file.read_text())["step"]
+            return super().get(step, micro)
+
+    train_here(config, ReadingFeeder)
+    return found
