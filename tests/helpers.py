@@ -1,6 +1,7 @@
 """What tests share: ranks on this machine, small configurations, runs without Ray."""
 
 import gc
+import json
 import multiprocessing
 import os
 import pickle
@@ -187,3 +188,9 @@ def train_run(config: Config, make_feeder: Callable[[Config, int, int], Feeder] 
     summaries = run_ranks(train_here, config.cluster.num_workers, config, make_feeder)
     assert all(summary == summaries[0] for summary in summaries)
     return summaries[0]
+
+
+def metric_rows(folder: Path) -> list[dict[str, float]]:
+    """Rows of metrics.jsonl, without what a clock decides."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith(("perf/", "mem/"))} for row in rows]

@@ -20,7 +20,7 @@ from distcond.data.batch import Batch
 from distcond.data.batches import LocalFeeder
 from distcond.errors import RunError
 from distcond.train.checkpoint import newest_checkpoint, prune, read_state
-from tests.helpers import changed, folder_of, run_ranks, small_config, text_config, train_here, train_run
+from tests.helpers import changed, folder_of, metric_rows, run_ranks, small_config, text_config, train_here, train_run
 from tests.train.traces import rows_by_node
 
 
@@ -51,12 +51,6 @@ def train_all(configs: list[Config]) -> None:
 
 def digests(checkpoint: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in checkpoint.iterdir()}
-
-
-def metric_rows(folder: Path) -> list[dict[str, float]]:
-    """Rows of metrics.jsonl, without what a clock decides."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith(("perf/", "mem/"))} for row in rows]
 
 
 # ---- resume ------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -18,7 +17,7 @@ from distcond.config import Config
 from distcond.data.batch import Batch
 from distcond.data.batches import LocalFeeder
 from distcond.train.checkpoint import newest_checkpoint, verified
-from tests.helpers import changed, folder_of, run_ranks, small_config, train_here, train_run
+from tests.helpers import changed, folder_of, metric_rows, run_ranks, small_config, train_here, train_run
 
 pytestmark = pytest.mark.faults
 
@@ -29,11 +28,6 @@ RHYTHM = {"train__max_steps": LAST, "train__eval_every": LAST, "checkpoint__ever
 def digests(checkpoint: Path) -> dict[str, str]:
     manifest = json.loads((verified(checkpoint) / "manifest.json").read_text())
     return {name: entry["sha256"] for name, entry in manifest.items()}
-
-
-def without_clocks(folder: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith(("perf/", "mem/"))} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +115,7 @@ def test_training_goes_on_while_the_storage_fails(undisturbed: Path, disk: Path,
     assert written == "The checkpoint of step 10 is written."
     run = folder_of(config).path
     assert digests(run / "checkpoints/step_00000012") == digests(undisturbed / "checkpoints/step_00000012")
-    assert without_clocks(run) == without_clocks(undisturbed)  # rows that the disk did not take came later
+    assert metric_rows(run) == metric_rows(undisturbed)  # rows that the disk did not take came later
     assert newest_checkpoint(run / "checkpoints") == (run / "checkpoints/step_00000012", {})
 
 
