@@ -123,9 +123,9 @@ class Command:
         self.says("")  # it has not ended early
         return last_step(run) >= step
 
-    def end(self, left_s: float = 2.0) -> tuple[int, str]:
+    def end(self, left_s: float = 2.0, timeout_s: float = TIMEOUT_S) -> tuple[int, str]:
         """Exit status and what was written to stderr; nothing that was started may be left, left_s later."""
-        status = self.process.wait(TIMEOUT_S)
+        status = self.process.wait(timeout_s)
         end = time.monotonic()
         self._reader.join()
         with self.process.stderr as stream:

@@ -18,7 +18,7 @@ import pytest
 
 from distcond.cluster.trainer import prepare_run
 from distcond.config import Config
-from tests.cluster.processes import Command, assert_same_end, last_step, processes_of, wait_until
+from tests.cluster.processes import TIMEOUT_S, Command, assert_same_end, last_step, processes_of, wait_until
 from tests.helpers import changed, small_config
 
 DURATION_S = float(os.environ.get("DISTCOND_CHAOS_S", "600"))
@@ -130,5 +130,5 @@ def test_whatever_happens_a_run_ends_as_if_nothing_had(chaos: Chaos, config: Con
 
     steps = json.loads((run / "summary.json").read_text())["step"]
     prepare_run(changed(config, run__name="undisturbed", train__max_steps=steps))
-    assert Command(tmp_path, "--config", "undisturbed/config.yaml").end() == (0, "")
+    assert Command(tmp_path, "--config", "undisturbed/config.yaml").end(timeout_s=TIMEOUT_S + DURATION_S) == (0, "")
     assert_same_end(run, tmp_path / "undisturbed")

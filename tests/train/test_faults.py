@@ -43,8 +43,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class FaultyFeeder(LocalFeeder):
     """Lets the storage fail while one step is being trained, and work again at a later one."""
 
+    pause_s = 0.0
+    "What every step in between takes longer."
+
     def get(self, step: int, micro: int) -> Batch:
         if self._rank == 0 and micro == 0:
+            time.sleep(self.pause_s if FAILS_AT < step <= WORKS_AT else 0)
             folder = folder_of_fault(self._config)
             if step == FAILS_AT:
                 FAULTS[self._config.run.name](folder, True)
@@ -82,12 +86,13 @@ FAULTS = {"full": fill, "protected": write_protect, "gone": take_away}
 SAYS = {"full": "No space left on device", "protected": "Read-only file system", "gone": "No such file or directory"}
 
 
-def notes_of(config: Config) -> list[str]:
+def notes_of(config: Config, pause_s: float) -> list[str]:
     """Train on failing storage; what this rank told the user."""
     from distcond.train.loop import run_training
 
     notes: list[str] = []
     feeder = FaultyFeeder(config, dist.get_rank(), config.cluster.num_workers)
+    feeder.pause_s = pause_s
     run_training(config, folder_of(config), feeder, asdict(config), notes.append)
     return notes
 
@@ -103,10 +108,15 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_training_goes_on_while_the_storage_fails(undisturbed: Path, disk: Path, fault: str) -> None:
+A_MINUTE = [pytest.param(fault, 60.0, marks=pytest.mark.slow, id=f"{fault}-60s") for fault in FAULTS]
+
+
+@pytest.mark.parametrize(("fault", "for_s"), [*((fault, 0.0) for fault in FAULTS), *A_MINUTE])
+def test_training_goes_on_while_the_storage_fails(undisturbed: Path, disk: Path, fault: str, for_s: float) -> None:
     config = small_config(disk, run__name=fault, **RHYTHM)
-    told, silent = run_ranks(notes_of, 2, config)
+    start = time.monotonic()
+    told, silent = run_ranks(notes_of, 2, config, for_s / (WORKS_AT - FAILS_AT))
+    assert time.monotonic() - start > for_s
     assert silent == []
     failed, *_, written = told
     assert failed.startswith(f"The checkpoint of step 4 could not be written: {SAYS[fault]}")
