@@ -48,6 +48,16 @@ def crowded(config: Config) -> Config:
     return replace(config, cluster=replace(config.cluster, cpus_per_worker=0.1))
 
 
+NUM_STEPS, EVERY = 80, 10
+"Of the run that nothing happens to, and of those that end as it does."
+
+
+def faulty_config(folder: Path, **changes: Any) -> Config:
+    """That of the fixture `undisturbed`, for a run in another folder."""
+    base = {"train__max_steps": NUM_STEPS, "train__eval_every": 20, "checkpoint__every": EVERY}
+    return crowded(small_config(folder, **{**base, **changes}))
+
+
 def last_step(run: Path) -> int:
     """The last step in the metrics of a run that is going on; 0 if there is none."""
     metrics = run / "metrics.jsonl"

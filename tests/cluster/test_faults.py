@@ -1,7 +1,6 @@
 """Whole runs whose processes are killed, stopped and starved: each ends as the undisturbed one, bit for bit, or in one line."""
 
 import contextlib
-import json
 import random
 import re
 import shutil
@@ -18,13 +17,14 @@ import pytest
 from distcond.cluster.policy import LESS_MEMORY
 from distcond.cluster.trainer import fit, prepare_run
 from distcond.compose import load_config, save_config
-from distcond.config import Config
 from distcond.errors import TrainingError
 from distcond.train.run_folder import RunFolder
 from tests.cluster.processes import (
+    EVERY,
+    NUM_STEPS,
     Command,
     assert_same_end,
-    crowded,
+    faulty_config,
     find_processes,
     find_workers,
     last_step,
@@ -37,22 +37,8 @@ from tests.helpers import changed, small_config
 
 pytestmark = pytest.mark.ray
 
-NUM_STEPS, EVERY = 80, 10
 RESTART_S = 30.0
 SEEDS = [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 10))]
-
-
-def faulty_config(folder: Path, **changes: Any) -> Config:
-    base = {"train__max_steps": NUM_STEPS, "train__eval_every": 20, "checkpoint__every": EVERY}
-    return crowded(small_config(folder, **{**base, **changes}))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(shared_ray: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = faulty_config(tmp_path_factory.mktemp("undisturbed"))
-    path = prepare_run(config)
-    fit(config)
-    return path
 
 
 def resumed_at(run: Path) -> list[int]:
@@ -84,6 +70,8 @@ def test_a_worker_killed_at_a_random_step_costs_an_interval_and_30_s(seed: int, 
     print(f"seed {seed}: {times} resumed at {resumed_at(path)}")
     assert times["restart_s"] < RESTART_S
     repeated = times["step"] - ([*resumed_at(path), 0][0])
+    line = f"Restarting: worker {{}} lost (failure 1 of {config.cluster.max_failures} allowed).\n"
+    assert (path / "logs" / "restarts.log").read_text() in {line.format(rank) for rank in (0, 1)}
     assert repeated <= EVERY + 2  # a step that was being logged, a checkpoint that was being written
     assert_same_end(path, undisturbed)
 
@@ -138,6 +126,7 @@ def test_the_driver_and_then_every_process_killed_the_same_command_goes_on(undis
     assert_same_end(run, undisturbed)
 
 
+@pytest.mark.slow  # a start of Ray or two; what it rests on is tested more cheaply, too
 def test_a_frozen_rank_does_not_outlive_a_killed_driver(tmp_path: Path) -> None:
     command = Command(tmp_path, *words(tmp_path))
     wait_until(lambda: command.reaches(tmp_path / "run", 2))
@@ -147,20 +136,6 @@ def test_a_frozen_rank_does_not_outlive_a_killed_driver(tmp_path: Path) -> None:
     command.end(left_s=5)
     with RunFolder(tmp_path / "run").locked():
         RunFolder(tmp_path / "run").wait_for_ranks(0)
-
-
-def test_a_sigterm_during_training_saves_and_ends_within_10_s(undisturbed: Path, tmp_path: Path) -> None:
-    command = start(tmp_path)
-    run = tmp_path / "run"
-    wait_until(lambda: command.reaches(run, 5))
-    command.process.send_signal(signal.SIGTERM)
-    start_s = time.monotonic()
-    status, errors = command.end()
-    assert time.monotonic() - start_s < 10
-    assert (status, errors) == (130, "")
-    summary = json.loads((run / "summary.json").read_text())
-    assert summary["stopped"]
-    assert (run / "checkpoints" / f"step_{summary['step']:08d}").is_dir()
 
 
 @pytest.mark.slow  # a start of Ray or two; what it rests on is tested more cheaply, too
@@ -175,6 +150,7 @@ def test_a_sigterm_to_all_processes_ends_in_a_line_and_the_run_goes_on_from_its_
     assert command.lines[-1] == "next  distcond train --config run/config.yaml\n"
 
 
+@pytest.mark.slow  # a start of Ray or two; what it rests on is tested more cheaply, too
 def test_a_batch_that_memory_cannot_hold_is_told_in_a_line_and_not_tried_for_ever(shared_ray: Any, tmp_path: Path) -> None:
     config = faulty_config(tmp_path, data__num_bits=1000, data__global_batch_size=10**8)
     path = prepare_run(config)
@@ -205,6 +181,7 @@ def test_a_fork_is_told_in_a_line_and_what_it_cannot_load_in_another(undisturbed
     assert [row["step"] for row in read_rows(tmp_path / "run-fork") if "train/loss" in row] == list(range(81, 86))
 
 
+@pytest.mark.slow  # a start of Ray or two; what it rests on is tested more cheaply, too
 def test_a_full_disk_is_told_at_once_and_training_goes_on(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

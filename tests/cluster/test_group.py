@@ -79,7 +79,9 @@ def test_a_frozen_worker_is_found_in_time_and_replaced(tmp_path: Path) -> None:
     assert line in {f"Restarting: worker {rank} did not answer (failure 1 of 3 allowed).\n" for rank in (0, 1)}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGKILL, id="killed"), pytest.param(signal.SIGSTOP, id="frozen", marks=pytest.mark.slow)]
+)
 def test_a_worker_that_is_gone_before_training_begins_gives_its_cores_back(number: int, tmp_path: Path) -> None:
     def join(address: str, port: int, store: Path) -> None:
         (tmp_path / "finish").touch()

@@ -291,72 +291,62 @@ def test_a_bad_space_is_one_line_and_no_ray(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_trials_finish_or_stop_early_or_fail_and_leave_room_for_the_next(shared_ray: Room, tmp_path: Path) -> None:
+def test_a_killed_sweep_goes_on_and_trials_finish_stop_early_or_fail_and_leave_room(shared_ray: Room, tmp_path: Path) -> None:
     # One bit of parity is learnt at once or, without a learning rate, never. A folder that holds another run fails.
     save_config(compose(["seed=5"]), _folder(tmp_path / "s" / "003-lr=0.01") / "config.yaml")
-    done = _sweep(
-        tmp_path,
-        *("sweep.name=s", "+sweep.space={optim.lr:[0.03,1.0e-9,0.02,0.01]}", "data.num_bits=1", "model.width=16"),
-        *("train.max_steps=400", "sweep.asha_grace=0.1", "seed=1"),  # whose model is wrong before it has learnt
-        *("cluster.num_workers=1", f"cluster.cpus_per_worker={shared_ray.cpus}"),
-        RAY_ADDRESS=ray.get_runtime_context().gcs_address,
-    )
-    assert done.returncode == 1, done.stderr
-    saved = json.loads((tmp_path / "s" / "sweep.json").read_text())
-    first, second, third, fourth = saved["trials"]
-    # A trial fills this Ray: the third could not run if anything of the second, stopped early, were left.
-    assert [trial["status"] for trial in saved["trials"]] == ["finished", "stopped", "finished", "failed"]
-    assert (first["steps"], first["quality"], first["ponder_steps"]) == (400, 0.0, 1.0)
-    assert 40 <= second["steps"] < 400
-    assert third["quality"] == 0.0
-    assert "holds a run with other settings" in fourth["error"]
-    assert saved["pareto"] == [first["name"], third["name"]]
-    assert f"{fourth['folder']}/logs" in done.stdout
-    # Stopped early, a trial has saved itself as any run does, and is a run like any other.
-    summary = json.loads((Path(second["folder"]) / "summary.json").read_text())
-    assert (summary["stopped"], summary["step"]) == (True, second["steps"])
-    assert load_config(Path(second["folder"]) / "config.yaml").optim.lr == 1e-9
-    assert _workers() == []
-    assert ray.available_resources()["CPU"] == shared_ray.cpus
-
-
-@pytest.mark.ray
-def test_an_interrupted_sweep_goes_on(shared_ray: Room, tmp_path: Path) -> None:
     words = [
-        *("sweep.name=s", "+sweep.space={seed:[1,2,3]}", "train.max_steps=300", "train.eval_every=50", "checkpoint.every=20"),
-        *("cluster.num_workers=1", f"cluster.cpus_per_worker={shared_ray.cpus}", "sweep.asha_grace=1.0"),
+        *("sweep.name=s", "+sweep.space={optim.lr:[0.03,1.0e-9,0.02,0.01]}", "data.num_bits=1", "model.width=16"),
+        *("train.max_steps=400", "checkpoint.every=20", "sweep.asha_grace=0.1", "seed=1"),  # wrong before it has learnt
+        *("cluster.num_workers=1", f"cluster.cpus_per_worker={shared_ray.cpus}"),
     ]
     address = ray.get_runtime_context().gcs_address
-    first = subprocess.Popen(
+    killed = subprocess.Popen(
         [sys.executable, "-m", "distcond", "sweep", *TINY, f"run.dir={tmp_path}", *words],
         env=os.environ | {"RAY_ADDRESS": address},
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    second = tmp_path / "s/001-seed=2"
-    while not (second / "checkpoints/latest").exists():
-        assert first.poll() is None
+    first, second, third = (tmp_path / "s" / name for name in ("000-lr=0.03", "001-lr=1e-09", "002-lr=0.02"))
+    # A trial fills this Ray: the third could not run if anything of the second, stopped early, were left.
+    while not (third / "checkpoints/latest").exists():
+        assert killed.poll() is None
         time.sleep(0.05)
-    os.killpg(first.pid, signal.SIGKILL)  # nothing is said or saved any more
-    first.communicate()
-    trials = json.loads((tmp_path / "s/sweep.json").read_text())["trials"]
-    assert [(trial["status"], trial["is_over"]) for trial in trials] == [
-        ("finished", True),
-        ("not run", False),
-        ("not run", False),
-    ]
-    rows = (tmp_path / "s/000-seed=1/metrics.jsonl").read_bytes()
+    os.killpg(killed.pid, signal.SIGKILL)  # nothing is said or saved any more
+    killed.communicate()
+    trials = _saved(tmp_path)["trials"]
+    assert [trial["status"] for trial in trials] == ["finished", "stopped", "not run", "not run"]
+    assert [trial["is_over"] for trial in trials] == [True, True, False, False]
+    rows = (first / "metrics.jsonl").read_bytes()
+
     done = _sweep(tmp_path, *words, RAY_ADDRESS=address)
-    assert done.returncode == 0, done.stderr
-    assert "3 trials, 1 at a time, 1 of them done before" in done.stdout
-    saved = json.loads((tmp_path / "s/sweep.json").read_text())
-    assert [(trial["status"], trial["steps"]) for trial in saved["trials"]] == [("finished", 300)] * 3
-    assert (tmp_path / "s/000-seed=1/metrics.jsonl").read_bytes() == rows
-    steps = [json.loads(line)["step"] for line in (second / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps) and steps[-1] == 300
+    assert done.returncode == 1, done.stderr
+    assert "4 trials, 1 at a time, 2 of them done before" in done.stdout
+    saved = _saved(tmp_path)
+    assert [trial["status"] for trial in saved["trials"]] == ["finished", "stopped", "finished", "failed"]
+    assert (first / "metrics.jsonl").read_bytes() == rows
+    best, worse, other, failed = saved["trials"]
+    assert (best["steps"], best["quality"], best["ponder_steps"]) == (400, 0.0, 1.0)
+    assert 40 <= worse["steps"] < 400
+    assert other["quality"] == 0.0
+    steps = [json.loads(line)["step"] for line in (third / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == 400
+    assert "holds a run with other settings" in failed["error"]
+    assert saved["pareto"] == [best["name"], other["name"]]
+    assert f"{failed['folder']}/logs" in done.stdout
     assert (tmp_path / "s/pareto.png").stat().st_size > 1000
     assert "Train the best for longer:\n  distcond train " in done.stdout
+    # Stopped early, a trial has saved itself as any run does, and is a run like any other.
+    summary = json.loads((second / "summary.json").read_text())
+    assert (summary["stopped"], summary["step"]) == (True, worse["steps"])
+    assert load_config(second / "config.yaml").optim.lr == 1e-9
+    assert _workers() == []
+    assert ray.available_resources()["CPU"] == shared_ray.cpus
+
+
+def _saved(folder: Path) -> dict[str, Any]:
+    saved: dict[str, Any] = json.loads((folder / "s" / "sweep.json").read_text())
+    return saved
 
 
 def _sweep(folder: Path, *overrides: str, **environment: str) -> "subprocess.CompletedProcess[str]":

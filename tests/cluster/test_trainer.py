@@ -4,9 +4,7 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from distcond.compose import load_config, override, save_config
 from distcond.config import Config
 from distcond.errors import ClusterError, DataError, RunError, TrainingError
 from distcond.train.run_folder import RunFolder
-from tests.cluster.processes import Command, crowded, find_workers, read_rows, wait_until, without_clocks, words
+from tests.cluster.processes import Command, crowded, read_rows, wait_until, words
 from tests.helpers import small_config
 
 # --- names and folders ------------------------------------------------------------------------------------------------
@@ -117,43 +115,14 @@ def test_the_last_lines_say_where_how_good_and_what_next(
 # --- workers, on a Ray that is there ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(shared_ray: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
-    config = crowded(small_config(tmp_path_factory.mktemp("uninterrupted"), train__max_steps=40))
-    path = prepare_run(config)
-    yield path, fit(config)
-
-
 @pytest.mark.ray
-def test_ranks_train_and_write_to_their_logs_alone(uninterrupted: tuple[Path, dict[str, Any]]) -> None:
-    path, summary = uninterrupted
-    assert summary["step"] == 40
+def test_ranks_train_and_write_to_their_logs_alone(undisturbed: Path) -> None:
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert summary["step"] == 80
     assert not summary["stopped"]
-    assert read_rows(path)[-1]["step"] == 40
-    assert {file.name for file in (path / "logs").glob("rank_*")} == {"rank_0.log", "rank_1.log"}
-    assert not (path / "logs" / "restarts.log").exists()
-
-
-@pytest.mark.ray
-def test_a_killed_worker_changes_nothing_but_the_time(uninterrupted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    config = crowded(small_config(tmp_path, train__max_steps=40))
-    path = prepare_run(config)
-    before = set(find_workers())
-
-    def kill_one() -> None:
-        wait_until(lambda: (path / "checkpoints" / "latest").exists())
-        max(set(find_workers()) - before, key=lambda process: process.pid).kill()
-
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    summary = fit(config)
-    killer.join()
-    assert summary["step"] == 40
-    assert (path / "logs" / "restarts.log").read_text() in {
-        f"Restarting: worker {rank} lost (failure 1 of 3 allowed).\n" for rank in (0, 1)
-    }
-    expected, _ = uninterrupted
-    assert list(map(without_clocks, read_rows(path))) == list(map(without_clocks, read_rows(expected)))
+    assert read_rows(undisturbed)[-1]["step"] == 80
+    assert {file.name for file in (undisturbed / "logs").glob("rank_*")} == {"rank_0.log", "rank_1.log"}
+    assert not (undisturbed / "logs" / "restarts.log").exists()
 
 
 @pytest.mark.ray
@@ -192,28 +161,40 @@ def test_a_stop_before_training_begins_needs_no_step(shared_ray: Any, tmp_path: 
 
 
 @pytest.mark.ray
-def test_one_ctrl_c_saves_a_checkpoint_ends_within_10_s_and_the_run_goes_on_later(tmp_path: Path) -> None:
-    command = Command(tmp_path, *words(tmp_path))
-    wait_until(lambda: command.says("step "))
-    os.killpg(command.process.pid, signal.SIGINT)  # a terminal sends it to all processes of the group
-    start = time.monotonic()
-    status, errors = command.end()
-    assert time.monotonic() - start < 10
-    assert (status, errors) == (130, "")
-    assert command.lines[-1] == "next  distcond train --config run/config.yaml\n"
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["stopped"]
-    step = summary["step"]
-    assert step > 0
+def test_one_ctrl_c_or_a_sigterm_saves_a_checkpoint_within_10_s_and_the_run_goes_on_later(tmp_path: Path) -> None:
+    run, done = tmp_path / "run", 0
+    prepared = words(tmp_path)
+    for stop in (interrupt, terminate):
+        command = Command(tmp_path, *prepared)
+        wait_until(lambda: command.reaches(run, done + 5))  # noqa: B023 - called at once
+        stop(command)
+        start = time.monotonic()
+        status, errors = command.end()
+        assert time.monotonic() - start < 10
+        assert (status, errors) == (130, "")
+        assert command.lines[-1] == "next  distcond train --config run/config.yaml\n"
+        summary = json.loads((run / "summary.json").read_text())
+        assert summary["stopped"]
+        assert summary["step"] >= done + 5
+        done = summary["step"]
+        assert (run / "checkpoints" / f"step_{done:08d}").is_dir()
 
-    config = load_config(tmp_path / "run" / "config.yaml")
-    prepare_run(override(config, {"train.max_steps": step + 10}))
-    command = Command(tmp_path, "--config", "run/config.yaml")
+    prepare_run(override(load_config(run / "config.yaml"), {"train.max_steps": done + 10}))
+    command = Command(tmp_path, *prepared)
     assert command.end() == (0, "")
     assert [line.split()[0] for line in command.lines[-3:]] == ["run", "best", "next"]
-    steps = [row["step"] for row in read_rows(tmp_path / "run") if "train/loss" in row]
+    steps = [row["step"] for row in read_rows(run) if "train/loss" in row]
     assert steps == sorted(set(steps))
-    assert steps[-1] == step + 10
+    assert steps[-1] == done + 10
+
+
+def interrupt(command: Command) -> None:
+    """Ctrl-C: a terminal sends it to all processes of the group."""
+    os.killpg(command.process.pid, signal.SIGINT)
+
+
+def terminate(command: Command) -> None:
+    command.process.send_signal(signal.SIGTERM)
 
 
 @pytest.mark.ray
@@ -223,7 +204,7 @@ def test_a_sigterm_while_starting_ends_within_10_s(moment: str, tmp_path: Path) 
     wait_until(lambda: command.says(f"waiting for {moment}"))
     time.sleep(1)
     command.says(f"waiting for {moment}")
-    command.process.send_signal(signal.SIGTERM)
+    terminate(command)
     start = time.monotonic()
     assert command.end() == (130, "")
     assert time.monotonic() - start < 10
@@ -231,12 +212,13 @@ def test_a_sigterm_while_starting_ends_within_10_s(moment: str, tmp_path: Path) 
 
 
 @pytest.mark.ray
+@pytest.mark.slow  # a start of Ray; that a Ctrl-C is heard at all is tested above
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     command = Command(tmp_path, *words(tmp_path))
     wait_until(lambda: command.says("waiting for the first figures"))
-    os.killpg(command.process.pid, signal.SIGINT)
+    interrupt(command)
     wait_until(lambda: command.says("Stopping"))
-    os.killpg(command.process.pid, signal.SIGINT)
+    interrupt(command)
     start = time.monotonic()
     assert command.end() == (130, "")
     assert time.monotonic() - start < 2
