@@ -4,6 +4,7 @@ YAML files under `conf/` say only what differs from here. After composition a co
 """
 
 from distcond.config.choices import (
+    TEXTS,
     CellName,
     ClusterName,
     DataName,
@@ -24,6 +25,7 @@ from distcond.config.optim import CheckpointConfig, OptimConfig, TrainConfig
 from distcond.config.run import Config, RunConfig, TrackingConfig, micro_batch_size
 
 __all__ = [
+    "TEXTS",
     "CellName",
     "CheckpointConfig",
     "ClusterConfig",

@@ -60,11 +60,15 @@ class DataName(StrEnum):
 
     stdlib = "stdlib"
     text = "text"
-    hf = "hf"
+    hub = "hub"
     parity = "parity"
     logic = "logic"
     addition = "addition"
     sort = "sort"
+
+
+TEXTS = frozenset({DataName.stdlib, DataName.text, DataName.hub})
+"The sources of text; the others are generated."
 
 
 class Precision(StrEnum):

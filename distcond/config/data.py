@@ -11,21 +11,27 @@ class DataConfig:
     """Where examples come from. The global batch of step t is a pure function of (seed, t)."""
 
     name: DataName = DataName.stdlib
-    "stdlib: the running Python's sources. text: local files as bytes. hf: a Hugging Face data set. The others: Graves 2016."
+    "stdlib: the running Python's sources. text: local files. hub: a Hugging Face data set. The others: Graves 2016."
     files: list[str] = field(default_factory=list)
-    "text, hf: paths or globs of local files."
+    "text, hub: paths or globs of local files."
     path: str = ""
-    "hf: data set name on the hub, or a builder for local files (json, parquet, csv, text)."
+    "hub: name of a data set, or a builder for local files (json, parquet, arrow, csv, text)."
+    subset: str = ""
+    "hub: which of a data set's configurations, e.g. wikitext-103-raw-v1; empty: the only or default one."
     column: str = "text"
-    "hf: the column that holds the text."
+    "hub: the column that holds the text."
     cache_dir: str = "~/.cache/distcond"
     "Where prepared corpora are kept."
+    tokenizer: str = ""
+    "A tokenizer.json of the `tokenizers` library, whose tokens are then what is read and predicted; empty: bytes."
+    shard_mib: int = 64
+    "Size of the shards that a corpus is prepared in, MiB of text; >= 1. `distcond prepare` writes several at once."
     global_batch_size: int = 32
     "Examples per optimiser step, over all ranks and accumulation steps; >= 1."
     context: int = 128
-    "Bytes of context per example; >= 1 (stdlib, text, hf)."
+    "Bytes, or tokens, of context per example; >= 1 (text of any kind)."
     validation_fraction: float = 0.05
-    "Share of the files (text, stdlib) or rows (hf) held out, chosen by a hash of their path or number; in (0, 1)."
+    "Share of the files (text, stdlib) or rows (hub) held out, chosen by a hash of their path or number; in (0, 1)."
     validation_examples: int = 256
     "Examples of the fixed validation set; >= 1."
     num_bits: int = 64
@@ -44,7 +50,7 @@ class DataConfig:
     "Most digits of a number to add; 1 to 17."
 
     def __post_init__(self) -> None:
-        for name in ("global_batch_size", "context", "validation_examples", "num_bits", "max_length"):
+        for name in ("global_batch_size", "context", "shard_mib", "validation_examples", "num_bits", "max_length"):
             value = getattr(self, name)
             need(value >= 1, f"data.{name}={value} is below 1; use 1 or more.")
         for name in ("set_bits", "validation_set_bits"):
@@ -68,4 +74,7 @@ class DataConfig:
             f"data.validation_fraction={self.validation_fraction} is outside (0, 1); e.g. 0.05 holds out a twentieth.",
         )
         need(self.name != DataName.text or bool(self.files), "data.files is empty; name files, e.g. data.files=[corpus/*.txt].")
-        need(self.name != DataName.hf or bool(self.path), "data.path is empty; name a data set, e.g. data.path=wikitext.")
+        need(
+            self.name != DataName.hub or bool(self.path),
+            "data.path is empty; name a data set, e.g. data.path=roneneldan/TinyStories.",
+        )

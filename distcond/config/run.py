@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from distcond.config.check import need
-from distcond.config.choices import DataName, ModelName, TrackingMode
+from distcond.config.choices import TEXTS, ModelName, TrackingMode
 from distcond.config.cluster import ClusterConfig, SweepConfig
 from distcond.config.data import DataConfig
 from distcond.config.model import ModelConfig
@@ -67,7 +67,7 @@ class Config:
             f"data.global_batch_size={size} is not divisible by cluster.num_workers x optim.accumulation = {parts}; "
             f"use {f'{lower} or ' if lower else ''}{lower + parts}.",
         )
-        is_text = self.data.name in {DataName.stdlib, DataName.text, DataName.hf}
+        is_text = self.data.name in TEXTS
         need(
             (self.model.name == ModelName.transformer) <= is_text,
             f"model=transformer reads bytes, but data={self.data.name} gives vectors; use model=rnn or model=mlp.",

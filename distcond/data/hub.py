@@ -1,25 +1,23 @@
-"""How a Hugging Face data set, from the hub or from local files, becomes a byte corpus: `data=hf`.
+"""How a Hugging Face data set, from the hub or from local files, becomes a corpus: `data=hub`.
 
 Only data is read: `datasets` 4 and later runs no code that comes with a data set.
 """
 
-import itertools
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from distcond.config import DataConfig
-from distcond.data.corpus import Chunk, Corpus, open_corpus
-from distcond.data.text import BUILDERS, held_out, is_local_folder, local_files
+from distcond.data.corpus import Corpus, Run, Source, in_turn, open_corpus
+from distcond.data.shard import Chunk
+from distcond.data.text import BUILDERS, Holdout, is_local_folder, local_files
 from distcond.errors import DataError
 
 log = logging.getLogger(__name__)
 
-READ_ROWS = 1000
-"Rows read at once."
 
-
-def open_hub(config: DataConfig) -> Corpus:
+def open_hub(config: DataConfig, run: Run = in_turn) -> Corpus:
     """The rows of one text column of the split `train`, each ended by a newline; a hash of its number holds a row out.
 
     NOTE: local sources are prepared again when they change; a hub data set is fetched once and kept, so that later runs
@@ -37,30 +35,69 @@ def open_hub(config: DataConfig) -> Corpus:
         files = urls + [file.path for file in local]
     elif is_local_folder(config.path):
         local = local_files([f"{config.path}/**/*"])
-    identity = [config.path, files, config.column, config.validation_fraction, local]
-    return open_corpus(config.cache_dir, "hf", identity, lambda: _chunks(config, files))
+    most = config.shard_mib * 2**20
+    identity = [config.path, config.subset, files, config.column, config.validation_fraction, most, local]
+    source = Source("hub", identity, lambda: _plan(config, files, most), config.tokenizer)
+    return open_corpus(config.cache_dir, source, run)
 
 
-def _chunks(config: DataConfig, files: list[str]) -> Iterator[Chunk]:
-    rows = _load(config.path, files)
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What a shard is made of: rows first..stop of a column of Arrow files, put one after the other. An `Item`."""
+
+    files: tuple[str, ...]
+    column: str
+    first: int
+    stop: int
+    holdout: Holdout
+
+    def chunks(self) -> Iterator[Chunk]:
+        """A chunk for each split and batch of rows. Raises DataError where a file cannot be read."""
+        import pyarrow
+
+        number = 0
+        try:
+            for file in self.files:
+                with pyarrow.memory_map(file) as stream:
+                    for batch in pyarrow.ipc.open_stream(stream):
+                        start, stop = max(0, self.first - number), min(len(batch), self.stop - number)
+                        if start < stop:
+                            yield from self._split(number + start, batch.column(self.column)[start:stop].to_pylist())
+                        number += len(batch)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise DataError(f"{file} cannot be read ({' '.join(str(error).split())}); delete it and run again.") from error
+
+    def _split(self, number: int, rows: list[str | None]) -> Iterator[Chunk]:
+        texts: dict[str, list[bytes]] = {"train": [], "validation": []}
+        for index, text in enumerate(rows, start=number):
+            texts["validation" if self.holdout.holds(str(index)) else "train"].append((text or "").encode() + b"\n")
+        for split, lines in texts.items():
+            yield Chunk(split, "", b"".join(lines), len(lines))
+
+
+def _plan(config: DataConfig, files: list[str], most: int) -> list[Rows]:
+    from pyarrow import compute
+
+    rows = _load(config.path, config.subset, files)
     if config.column not in rows.column_names:
         raise DataError(f"data.column={config.column!r} is not in {config.path}; it has {', '.join(rows.column_names)}.")
     kind = getattr(rows.features[config.column], "dtype", "no text")
     if kind not in {"string", "large_string"}:
         raise DataError(f"data.column={config.column!r} of {config.path} holds {kind}; name a column of strings.")
-    if not len(rows):
+    number = len(rows)
+    if not number:
         raise DataError(f"data.path={config.path!r} has no rows; name a data set with text in it.")
 
-    is_held_out = iter(held_out([str(number) for number in range(len(rows))], config.validation_fraction))
-    for batch in rows.select_columns(config.column).iter(READ_ROWS):
-        texts = [(text or "").encode() + b"\n" for text in batch[config.column]]
-        flags = list(itertools.islice(is_held_out, len(texts)))
-        yield "train", "", b"".join(itertools.compress(texts, (not flag for flag in flags)))
-        yield "validation", "", b"".join(itertools.compress(texts, flags))
+    size = number + (compute.sum(compute.binary_length(rows.data.column(config.column))).as_py() or 0)
+    count = min(number, -(-size // most))
+    borders = [number * index // count for index in range(count + 1)]
+    holdout = Holdout.of(map(str, range(number)), config.validation_fraction)
+    arrow = tuple(entry["filename"] for entry in rows.cache_files)
+    return [Rows(arrow, config.column, borders[index], borders[index + 1], holdout) for index in range(count)]
 
 
-def _load(path: str, files: list[str]) -> Any:
-    """The split `train` as a `datasets.Dataset`."""
+def _load(path: str, subset: str, files: list[str]) -> Any:
+    """The split `train` as a `datasets.Dataset` in files."""
     import datasets  # here, because it takes seconds that other tasks need not wait
 
     datasets.disable_progress_bars()
@@ -68,7 +105,7 @@ def _load(path: str, files: list[str]) -> Any:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     log.info("Loading data set %s.", path)
     try:
-        return datasets.load_dataset(path, data_files=files or None, split="train")
+        return datasets.load_dataset(path, subset or None, data_files=files or None, split="train", keep_in_memory=False)
     except Exception as error:  # whatever goes wrong in there, the user's way out is the same
         is_parsing = isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__
         line = " ".join(str(error.__cause__ if is_parsing else error).split())[:300]

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from distcond.config import DataConfig, DataName
 from distcond.data.addition import addition
 from distcond.data.batch import Batch
+from distcond.data.corpus import Corpus, Run, in_turn
 from distcond.data.generated import GeneratedTask
 from distcond.data.graves import logic, parity
 from distcond.data.hub import open_hub
@@ -68,11 +69,15 @@ def build_task(config: DataConfig) -> Task:
     """
     if config.name in GENERATED:
         return GENERATED[config.name](config)
+    return ByteTask(open_source(config), config.context, config.validation_examples)
+
+
+def open_source(config: DataConfig, run: Run = in_turn) -> Corpus:
+    """The corpus that `data.name` names, prepared by `run` on first use. Raises DataError as `open_corpus` does."""
     match config.name:
         case DataName.stdlib:
-            corpus = open_stdlib(config)
+            return open_stdlib(config, run)
         case DataName.text:
-            corpus = open_text(config)
+            return open_text(config, run)
         case _:
-            corpus = open_hub(config)
-    return ByteTask(corpus, config.context, config.validation_examples)
+            return open_hub(config, run)

@@ -3,15 +3,19 @@
 import dataclasses
 import glob
 import hashlib
+import itertools
 import os
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from distcond.config import DataConfig, DataName
-from distcond.data.corpus import Chunk, Corpus, open_corpus
+from distcond.data.corpus import Corpus, Run, Source, in_turn, open_corpus
+from distcond.data.shard import Chunk
 from distcond.errors import DataError
 
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
@@ -32,7 +36,34 @@ class TextFile(NamedTuple):
     mtime_ns: int
 
 
-def open_stdlib(config: DataConfig) -> Corpus:
+class Part(NamedTuple):
+    """Bytes start..stop of a file."""
+
+    split: str
+    name: str
+    path: str
+    start: int
+    stop: int
+    documents: int
+    "That begin in it."
+
+
+@dataclass(frozen=True, slots=True)
+class FileParts:
+    """What a shard is made of, in order. An `Item`."""
+
+    parts: tuple[Part, ...]
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The parts' bytes. Raises DataError where a file cannot be read."""
+        for part in self.parts:
+            documents = part.documents
+            for data in _read(part.path, part.start, part.stop):
+                yield Chunk(part.split, part.name, data, documents)
+                documents = 0
+
+
+def open_stdlib(config: DataConfig, run: Run = in_turn) -> Corpus:
     """The Python sources of the running Python's standard library.
 
     Raises DataError if it has none.
@@ -41,15 +72,15 @@ def open_stdlib(config: DataConfig) -> Corpus:
     files = sorted(_python_files(root, ""))
     if not files:
         raise DataError(f"This Python has no library sources in {root}; use data=text with files of your own.")
-    return _open("stdlib", files, config)
+    return _open("stdlib", files, config, run)
 
 
-def open_text(config: DataConfig) -> Corpus:
+def open_text(config: DataConfig, run: Run = in_turn) -> Corpus:
     """The local files that `data.files` names.
 
     Raises DataError if a pattern matches no file, or all of them are empty.
     """
-    return _open("text", local_files(config.files), config)
+    return _open("text", local_files(config.files), config, run)
 
 
 def local_files(patterns: Sequence[str]) -> list[TextFile]:
@@ -63,19 +94,41 @@ def local_files(patterns: Sequence[str]) -> list[TextFile]:
     return [TextFile(path.relative_to(root).as_posix(), str(path), s.st_size, s.st_mtime_ns) for path, s in stats]
 
 
-def held_out(names: Sequence[str], fraction: float) -> list[bool]:
-    """Which of the names belong to validation: those whose hash falls into the lowest `fraction` of its range.
+@dataclass(frozen=True, slots=True)
+class Holdout:
+    """Which of some names belong to validation: those whose hash falls into the lowest `fraction` of its range.
 
     A name's fate depends on itself alone, save that of two or more names at least one is held out and one is not.
     """
-    hashes = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 for name in names]
-    lowest, highest = min(hashes), max(hashes)
-    return [value == lowest or (value < fraction and value != highest) for value in hashes]
+
+    fraction: float
+    lowest: float
+    highest: float
+    "Hashes among all names."
+
+    @staticmethod
+    def of(names: Iterable[str], fraction: float) -> "Holdout":
+        """For these names, at least one."""
+        lowest, highest = 1.0, 0.0
+        for name in names:
+            value = _hash(name)
+            lowest, highest = min(lowest, value), max(highest, value)
+        return Holdout(fraction, lowest, highest)
+
+    def holds(self, name: str) -> bool:
+        """Whether one of the names is held out."""
+        value = _hash(name)
+        return value == self.lowest or (value < self.fraction and value != self.highest)
+
+
+def _hash(name: str) -> float:
+    """In [0, 1]."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
 
 
 def absolute_paths(config: DataConfig) -> DataConfig:
     """The same configuration for a process that runs in another folder: local paths absolute; hub names and `~` as they are."""
-    is_local = config.name != DataName.hf or config.path in BUILDERS
+    is_local = config.name != DataName.hub or config.path in BUILDERS
     return dataclasses.replace(
         config,
         files=[_absolute(file) if is_local and "://" not in file else file for file in config.files],
@@ -117,25 +170,67 @@ def _python_files(folder: str, prefix: str) -> Iterator[TextFile]:
                 yield TextFile(prefix + entry.name, entry.path, stat.st_size, stat.st_mtime_ns)
 
 
-def _open(source: str, files: list[TextFile], config: DataConfig) -> Corpus:
+def _open(source: str, files: list[TextFile], config: DataConfig, run: Run) -> Corpus:
     full = [file for file in files if file.size]
     if not full:
         raise DataError(f"data={source}: all {len(files)} files are empty, e.g. {files[0].path}; name files with text in them.")
-    fraction = config.validation_fraction
-    return open_corpus(config.cache_dir, source, [fraction, *full], lambda: _chunks(full, fraction))
+    most = config.shard_mib * 2**20
+
+    def plan() -> list[FileParts]:
+        by_lines = bool(config.tokenizer)
+        parts = (piece for part in _parts(full, config.validation_fraction, by_lines) for piece in _cut(part, most, by_lines))
+        return [FileParts(tuple(group)) for group in _grouped(parts, most)]
+
+    return open_corpus(config.cache_dir, Source(source, [config.validation_fraction, most, *full], plan, config.tokenizer), run)
 
 
-def _chunks(files: list[TextFile], fraction: float) -> Iterator[Chunk]:
+def _parts(files: list[TextFile], fraction: float, by_lines: bool) -> Iterator[Part]:
     """Whole files to either split; of a lone file, its last `fraction` of bytes to validation."""
     files = list(_distinct(files))
     if len(files) == 1:
-        cut = round(files[0].size * (1 - fraction))
-        yield from (("train", files[0].name, data) for data in _read(files[0], 0, cut))
-        yield from (("validation", files[0].name, data) for data in _read(files[0], cut, files[0].size))
+        (file,) = files
+        cut = round(file.size * (1 - fraction))
+        cut = _line_start(file.path, cut) if by_lines else cut
+        yield Part("train", file.name, file.path, 0, cut, 1)
+        yield Part("validation", file.name, file.path, cut, file.size, 1)
         return
-    for file, is_held_out in zip(files, held_out([file.name for file in files], fraction), strict=True):
-        split = "validation" if is_held_out else "train"
-        yield from ((split, file.name, data) for data in _read(file, 0, file.size))
+    holdout = Holdout.of((file.name for file in files), fraction)
+    for file in files:
+        yield Part("validation" if holdout.holds(file.name) else "train", file.name, file.path, 0, file.size, 1)
+
+
+def _cut(part: Part, most: int, by_lines: bool) -> Iterator[Part]:
+    """A part in pieces of equal size, `most` bytes at the most, or that of a line."""
+    size = part.stop - part.start
+    number = -(-size // most)
+    borders = [part.start + size * index // number for index in range(1, number)]
+    if by_lines:
+        borders = sorted({_line_start(part.path, border) for border in borders})
+    for start, stop in itertools.pairwise([part.start, *borders, part.stop]):
+        if start < stop:
+            yield part._replace(start=start, stop=stop, documents=part.documents if start == part.start else 0)
+
+
+def _grouped(parts: Iterable[Part], most: int) -> Iterator[list[Part]]:
+    """Consecutive parts that together have `most` bytes at the most."""
+    group: list[Part] = []
+    size = 0
+    for part in parts:
+        if group and size + part.stop - part.start > most:
+            yield group
+            group, size = [], 0
+        group.append(part)
+        size += part.stop - part.start
+    yield group
+
+
+def _line_start(path: str, offset: int) -> int:
+    """The first place from `offset` on where a line begins, or the end of the file."""
+    with _opened(path) as stream:
+        stream.seek(max(0, offset - 1))
+        if offset:
+            stream.readline()
+        return stream.tell()
 
 
 def _distinct(files: Iterable[TextFile]) -> Iterator[TextFile]:
@@ -145,7 +240,7 @@ def _distinct(files: Iterable[TextFile]) -> Iterator[TextFile]:
     for file in files:
         if sizes[file.size] > 1:
             digest = hashlib.sha256()
-            for data in _read(file, 0, file.size):
+            for data in _read(file.path, 0, file.size):
                 digest.update(data)
             if digest.digest() in seen:
                 continue
@@ -153,11 +248,21 @@ def _distinct(files: Iterable[TextFile]) -> Iterator[TextFile]:
         yield file
 
 
-def _read(file: TextFile, start: int, stop: int) -> Iterator[bytes]:
+def _read(path: str, start: int, stop: int) -> Iterator[bytes]:
+    with _opened(path) as stream:
+        stream.seek(start)
+        while start < stop:
+            data = stream.read(min(READ_SIZE, stop - start))
+            if not data:
+                raise DataError(f"{path} has become shorter while it was read; leave files alone while they are prepared.")
+            start += len(data)
+            yield data
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[IO[bytes]]:
     try:
-        with Path(file.path).open("rb") as stream:
-            stream.seek(start)
-            while data := stream.read(min(READ_SIZE, stop - stream.tell())):
-                yield data
+        with Path(path).open("rb") as stream:
+            yield stream
     except OSError as error:
-        raise DataError(f"{file.path} cannot be read ({error.strerror}); allow it or leave it out of data.files.") from error
+        raise DataError(f"{path} cannot be read ({error.strerror}); allow it or leave it out of data.files.") from error

@@ -1,42 +1,52 @@
-"""How a corpus becomes examples: windows of bytes, each byte's target being the next byte."""
+"""How a corpus becomes examples: windows of bytes or tokens, the target of each being the next one."""
 
 import platform
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from distcond.data.batch import TRAINING, Batch, generator
-from distcond.data.corpus import SPLITS, Corpus
+from distcond.data.corpus import Corpus
+from distcond.data.shard import SPLITS
+from distcond.data.stream import Stream
 from distcond.errors import DataError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ByteTask:
-    """Next-byte prediction; a row is max_length bytes of context.
+    """Prediction of the next byte, or token where the corpus has a tokenizer; a row is max_length of them.
 
     Raises DataError if a split is shorter than one window.
     """
 
     corpus: Corpus
     max_length: int
-    "T, bytes of context."
+    "T, bytes or tokens of context."
     validation_examples: int
     kind: str = "bytes"
-    input_size: int = 256
-    output_size: int = 256
-    num_classes: int = 256
 
     def __post_init__(self) -> None:
         for split in SPLITS:
             size, needed = len(getattr(self.corpus, split)), self.max_length + 1
             if size < needed:
                 raise DataError(
-                    f"data={self.corpus.manifest['source']} has {size} bytes of {split} text, but "
+                    f"data={self.corpus.manifest['source']} has {size} {self.unit} of {split} text, but "
                     f"data.context={self.max_length} needs at least {needed}; "
                     "add text, lower data.context or change data.validation_fraction."
                 )
+
+    @property
+    def input_size(self) -> int:
+        """The vocabulary: 256 bytes, or as many tokens as the tokenizer has."""
+        return self.corpus.vocabulary
+
+    output_size = num_classes = input_size
+
+    @property
+    def unit(self) -> str:
+        """What is predicted, for people: bytes or tokens."""
+        return "tokens" if self.corpus.manifest.get("tokenizer") else "bytes"
 
     def rows(self, seed: int, step: int, size: int, part: slice = slice(None)) -> Batch:
         """Rows `part` of the global batch `step`: `size` windows at uniformly random places of the training text."""
@@ -49,14 +59,17 @@ class ByteTask:
         starts = np.arange(start, start + size) * places // self.validation_examples
         return self._windows(self.corpus.validation, starts, size)
 
-    def _windows(self, text: np.ndarray, starts: np.ndarray, global_rows: int) -> Batch:
-        windows = sliding_window_view(text, self.max_length + 1)[starts]
+    def _windows(self, text: Stream, starts: np.ndarray, global_rows: int) -> Batch:
+        windows = text.windows(starts, self.max_length + 1)
+        if windows.dtype != np.uint8:
+            windows = windows.astype(np.int32)
         lengths = np.full(len(starts), self.max_length, np.int64)
         inputs, targets = np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
         return Batch(inputs, targets, lengths, global_rows * self.max_length)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the data is: by split, sha256, bytes and number of files; and the Python whose sources `stdlib` are."""
+        """What the data is: by split, sha256, counts, number of files; tokenizer; the Python whose sources `stdlib` are."""
         manifest = self.corpus.manifest
         splits = {split: {**manifest[split], "files": len(manifest[split]["files"])} for split in SPLITS}
-        return {"name": manifest["source"], **splits, "python": platform.python_version()}
+        named = {"name": manifest["source"], "tokenizer": manifest["tokenizer"]}
+        return {**named, **splits, "python": platform.python_version()}

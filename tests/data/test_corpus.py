@@ -1,55 +1,141 @@
 """The store of prepared corpora."""
 
 import hashlib
+import json
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from distcond.data.corpus import Chunk, open_corpus
+from distcond.data.corpus import Corpus, Run, Source, in_turn, open_corpus, verify
+from distcond.data.shard import Chunk, Item, Shard
 from distcond.errors import DataError
 
-CHUNKS = [("train", "a", b"one "), ("validation", "b", b"two "), ("train", "a", b"three "), ("train", "", b"four")]
+CHUNKS = [
+    Chunk("train", "a", b"one ", 1),
+    Chunk("validation", "b", b"two ", 1),
+    Chunk("train", "a", b"three "),
+    Chunk("train", "", b"four", 2),
+]
 
 
-def chunks() -> Iterator[Chunk]:
-    yield from CHUNKS
+@dataclass(frozen=True)
+class Given:
+    """An item of these chunks."""
+
+    given: tuple[Chunk, ...]
+
+    def chunks(self) -> Iterator[Chunk]:
+        yield from self.given
 
 
-def refuse() -> Iterator[Chunk]:
+@dataclass(frozen=True)
+class Calling:
+    """An item whose chunks come from a function."""
+
+    function: Callable[[], Iterator[Chunk]]
+
+    def chunks(self) -> Iterator[Chunk]:
+        return self.function()
+
+
+def items() -> list[Item]:
+    return [Given(tuple(CHUNKS))]
+
+
+def single() -> list[Item]:
+    return [Given((chunk,)) for chunk in CHUNKS]
+
+
+def refuse() -> list[Item]:
     raise AssertionError("prepared again")
+
+
+def opened(
+    folder: Path, plan: Callable[[], list[Item]] = items, identity: Any = 1, name: str = "text", run: Run = in_turn
+) -> Corpus:
+    return open_corpus(str(folder), Source(name, identity, plan), run)
 
 
 def contents(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def test_splits_are_the_chunks_in_order_and_the_manifest_describes_them(tmp_path: Path) -> None:
-    corpus = open_corpus(str(tmp_path), "text", 1, chunks)
+@pytest.mark.parametrize("plan", [items, single])
+def test_splits_are_the_chunks_in_order_and_the_manifest_describes_them(tmp_path: Path, plan: Callable[[], list[Item]]) -> None:
+    corpus = opened(tmp_path, plan)
     assert corpus.train.tobytes() == b"one three four" and corpus.validation.tobytes() == b"two "
-    for split, files in [("train", ["a"]), ("validation", ["b"])]:
-        data = getattr(corpus, split).tobytes()
-        described = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "files": files}
-        assert corpus.manifest[split] == described
+    assert len(corpus.train) == 14 and len(corpus.validation) == 4
+    for split, files, documents in [("train", ["a"], 3), ("validation", ["b"], 1)]:
+        size = len(getattr(corpus, split))
+        described = {key: value for key, value in corpus.manifest[split].items() if key != "sha256"}
+        assert described == {"bytes": size, "tokens": size, "documents": documents, "files": files}
+
+
+def test_of_one_shard_the_sha256_is_that_of_the_text_and_of_more_that_of_theirs(tmp_path: Path) -> None:
+    def sha256(data: bytes) -> str:
+        return hashlib.sha256(data).hexdigest()
+
+    one, many = opened(tmp_path / "one"), opened(tmp_path / "many", single)
+    assert one.manifest["train"]["sha256"] == sha256(one.train.tobytes())
+    parts = [b"one ", b"", b"three ", b"four"]
+    assert [shard["train"]["sha256"] for shard in many.manifest["shards"]] == [sha256(part) for part in parts]
+    assert many.manifest["train"]["sha256"] == sha256("\n".join(map(sha256, parts)).encode())
 
 
 def test_what_is_prepared_is_not_prepared_again(tmp_path: Path) -> None:
-    first = open_corpus(str(tmp_path), "text", {"size": 1}, chunks)
-    again = open_corpus(str(tmp_path), "text", {"size": 1}, refuse)
+    first = opened(tmp_path, identity={"size": 1})
+    again = opened(tmp_path, refuse, {"size": 1})
     assert again.train.tobytes() == first.train.tobytes() and again.manifest == first.manifest
 
 
 def test_another_identity_or_source_is_prepared(tmp_path: Path) -> None:
-    open_corpus(str(tmp_path), "text", {"size": 1}, chunks)
-    for source, identity in [("text", {"size": 2}), ("hf", {"size": 1})]:
+    opened(tmp_path, identity={"size": 1})
+    for source, identity in [("text", {"size": 2}), ("hub", {"size": 1})]:
         with pytest.raises(AssertionError, match="prepared again"):
-            open_corpus(str(tmp_path), source, identity, refuse)
+            opened(tmp_path, refuse, identity, source)
+
+
+def test_the_order_in_which_shards_are_written_leaves_no_trace(tmp_path: Path) -> None:
+    def backwards(shards: Sequence[Shard]) -> Iterator[Any]:
+        return (shard.write() for shard in reversed(shards))
+
+    opened(tmp_path / "one", single)
+    opened(tmp_path / "other", single, run=backwards)
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")
+    for file in contents(tmp_path / "one"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
+
+
+def test_what_an_interrupted_preparation_has_written_is_kept(tmp_path: Path) -> None:
+    """A shard of another size than its record's is not whole: a disk was full, or power went."""
+    numbers: list[int] = []
+
+    def interrupted(shards: Sequence[Shard]) -> Iterator[Any]:
+        yield from (shard.write() for shard in shards[:3])
+        raise KeyboardInterrupt
+
+    def counted(shards: Sequence[Shard]) -> Iterator[Any]:
+        numbers.extend(shard.number for shard in shards)
+        return (shard.write() for shard in shards)
+
+    with pytest.raises(KeyboardInterrupt):
+        opened(tmp_path, single, run=interrupted)
+    (folder,) = (tmp_path / "corpora").iterdir()
+    (folder / "00001" / "validation.bin").write_bytes(b"tw")
+    (folder / ".00003.killed" / "shard").mkdir(parents=True)
+    assert opened(tmp_path, single, run=counted).train.tobytes() == b"one three four"
+    assert numbers == [1, 3]
+    assert sorted(path.name for path in folder.iterdir()) == ["00000", "00001", "00002", "00003", "manifest.json"]
 
 
 def test_an_empty_split_opens(tmp_path: Path) -> None:
-    corpus = open_corpus(str(tmp_path), "text", 1, lambda: [("train", "a", b"one")])
+    corpus = opened(tmp_path, lambda: [Given((Chunk("train", "a", b"one"),))])
     assert corpus.validation.tobytes() == b""
 
 
@@ -63,9 +149,9 @@ def test_many_may_prepare_at_once(tmp_path: Path) -> None:
         yield from CHUNKS[1:]
 
     with ThreadPoolExecutor(6) as pool:
-        corpora = list(pool.map(lambda _: open_corpus(str(tmp_path), "text", 1, together), range(6)))
+        corpora = list(pool.map(lambda _: opened(tmp_path, lambda: [Calling(together)]), range(6)))
     assert {corpus.train.tobytes() for corpus in corpora} == {b"one three four"}
-    assert [Path(name).name for name in contents(tmp_path)] == ["manifest.json", "train.bin", "validation.bin"]
+    assert [Path(name).name for name in contents(tmp_path)] == ["shard.json", "train.bin", "validation.bin", "manifest.json"]
 
 
 def test_a_failed_preparation_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -74,21 +160,45 @@ def test_a_failed_preparation_leaves_nothing_behind(tmp_path: Path) -> None:
         raise DataError("unreadable")
 
     with pytest.raises(DataError, match="unreadable"):
-        open_corpus(str(tmp_path), "text", 1, failing)
+        opened(tmp_path, lambda: [*items(), Calling(failing)])
     assert list((tmp_path / "corpora").iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", ["train.bin", "manifest.json"])
-def test_a_damaged_corpus_is_named(tmp_path: Path, damage: str) -> None:
-    open_corpus(str(tmp_path), "text", 1, chunks)
-    (file,) = tmp_path.rglob(damage)
+@pytest.mark.parametrize(
+    ("damage", "named"), [("00002/train.bin", r".*\(00002/train\.bin has 4 bytes, not 6\)"), ("manifest.json", "")]
+)
+def test_a_damaged_corpus_is_named(tmp_path: Path, damage: str, named: str) -> None:
+    file = opened(tmp_path, single).folder / damage
     file.write_bytes(file.read_bytes()[:-2])
-    with pytest.raises(DataError, match=str(file.parent)) as caught:
-        open_corpus(str(tmp_path), "text", 1, refuse)
+    with pytest.raises(DataError, match=rf"corpora/\w+ is damaged {named}") as caught:
+        opened(tmp_path, refuse)
     assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_that_disagrees_with_its_shards_is_refused(tmp_path: Path) -> None:
+    file = opened(tmp_path, single).folder / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["train"]["documents"] += 1
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="its 4 shards have 3 train documents, its manifest says 4"):
+        opened(tmp_path, refuse)
+
+
+def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
+    shutil.rmtree(opened(tmp_path, single).folder / "00001")
+    with pytest.raises(DataError, match=r"00001/train\.bin"):
+        opened(tmp_path, refuse)
+
+
+def test_a_shard_whose_bytes_have_changed_is_found_by_reading_it(tmp_path: Path) -> None:
+    corpus = opened(tmp_path, single)
+    verify(corpus)
+    (corpus.folder / "00002" / "train.bin").write_bytes(b"THREE ")
+    with pytest.raises(DataError, match=r"the sha256 of 00002/train\.bin is not the manifest's"):
+        verify(opened(tmp_path, refuse))
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"data\.cache_dir"):
-        open_corpus(str(tmp_path / "file"), "text", 1, chunks)
+        opened(tmp_path / "file")

@@ -29,7 +29,7 @@ def rows(tmp_path: Path) -> Path:
 
 def open_rows(tmp_path: Path, path: str = "json", column: str = "text", files: list[str] | None = None) -> Corpus:
     cache = str(tmp_path / "cache")
-    return open_hub(DataConfig(name="hf", path=path, column=column, files=files or [], cache_dir=cache))
+    return open_hub(DataConfig(name="hub", path=path, column=column, files=files or [], cache_dir=cache))
 
 
 def test_every_row_is_a_line_of_one_split(tmp_path: Path, rows: Path) -> None:

@@ -14,7 +14,7 @@ from distcond.data import Task, build_task
 SHAPES = {
     DataName.stdlib: ("bytes", 256, 256, 32),
     DataName.text: ("bytes", 256, 256, 32),
-    DataName.hf: ("bytes", 256, 256, 32),
+    DataName.hub: ("bytes", 256, 256, 32),
     DataName.parity: ("vectors", 64, 1, 1),
     DataName.logic: ("vectors", 102, 1, 10),
     DataName.addition: ("vectors", 50, 66, 10),

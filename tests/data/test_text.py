@@ -8,7 +8,19 @@ import pytest
 
 from distcond.config import DataConfig
 from distcond.data.corpus import Corpus
-from distcond.data.text import TextFile, _chunks, absolute_paths, held_out, local_files, open_stdlib, open_text
+from distcond.data.text import (
+    FileParts,
+    Holdout,
+    Part,
+    TextFile,
+    _cut,
+    _grouped,
+    _parts,
+    absolute_paths,
+    local_files,
+    open_stdlib,
+    open_text,
+)
 from distcond.errors import DataError
 
 FRACTION = 0.2
@@ -91,13 +103,15 @@ def test_a_changed_source_is_prepared_again(folder: Path, change: str) -> None:
 @pytest.mark.parametrize("fraction", [1e-9, 0.3, 1 - 1e-9])
 @pytest.mark.parametrize("number", [2, 3, 50])
 def test_both_splits_get_something(fraction: float, number: int) -> None:
-    flags = held_out([str(name) for name in range(number)], fraction)
+    names = [str(name) for name in range(number)]
+    flags = [Holdout.of(names, fraction).holds(name) for name in names]
     assert any(flags) and not all(flags)
 
 
 def test_the_fraction_is_that_of_the_files() -> None:
     """Of 10,000 names at 0.05 the standard error is 0.0022."""
-    assert abs(sum(held_out([str(name) for name in range(10_000)], 0.05)) / 10_000 - 0.05) < 0.009
+    names = [str(name) for name in range(10_000)]
+    assert abs(sum(map(Holdout.of(names, 0.05).holds, names)) / 10_000 - 0.05) < 0.009
 
 
 @pytest.mark.parametrize(
@@ -120,7 +134,33 @@ def test_mistakes_are_named_in_one_line(folder: Path, files: list[str], message:
 def test_a_file_that_goes_away_is_named(number: int) -> None:
     files = [TextFile(str(name), f"/nowhere/{name}", 5, 0) for name in range(number)]
     with pytest.raises(DataError, match=r"/nowhere/0 cannot be read \(No such file"):
-        list(_chunks(files, FRACTION))
+        list(FileParts(tuple(_parts(files, FRACTION, by_lines=False))).chunks())
+
+
+def test_a_file_that_becomes_shorter_is_named(folder: Path) -> None:
+    path = str(folder / "a" / "0.txt")
+    with pytest.raises(DataError, match=r"0\.txt has become shorter"):
+        list(FileParts((Part("train", "0.txt", path, 0, 100, 1),)).chunks())
+
+
+@pytest.mark.parametrize("most", [1, 7, 100, 1000, 10**6])
+@pytest.mark.parametrize("by_lines", [False, True])
+@pytest.mark.parametrize("pattern", ["*/*.txt", "b/39.txt"])
+def test_shards_put_together_are_the_text_whatever_their_size(folder: Path, most: int, by_lines: bool, pattern: str) -> None:
+    """Each has `most` bytes at the most, or a line; documents are counted where they begin."""
+    parts = list(_parts(local_files([str(folder / pattern)]), FRACTION, by_lines))
+    shards = [
+        FileParts(tuple(group)) for group in _grouped((piece for part in parts for piece in _cut(part, most, by_lines)), most)
+    ]
+    whole = list(FileParts(tuple(parts)).chunks())
+    found = [list(shard.chunks()) for shard in shards]
+    for split in ("train", "validation"):
+        text = b"".join(chunk.data for chunk in whole if chunk.split == split)
+        assert b"".join(chunk.data for shard in found for chunk in shard if chunk.split == split) == text
+        assert not by_lines or all(chunk.data.endswith(b"\n") for shard in found for chunk in shard)
+    assert sum(chunk.documents for shard in found for chunk in shard) == (40 if "*" in pattern else 2)
+    assert max(sum(len(chunk.data) for chunk in shard) for shard in found) <= (max(most, 10) if by_lines else most)
+    assert min(len(shard) for shard in found) > 0
 
 
 def test_absolute_paths_mean_the_same_from_anywhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +184,7 @@ def test_names_on_the_hub_stay_as_they_are(
     path: str, files: list[str], expected: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    config = absolute_paths(DataConfig(name="hf", path=path, files=files))
+    config = absolute_paths(DataConfig(name="hub", path=path, files=files))
     assert config.path == path and config.files == [file.format(folder) for file in expected]
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from distcond.data.corpus import Corpus
+from distcond.data.stream import Stream
 from distcond.data.windows import ByteTask
 from distcond.errors import DataError
 
@@ -11,7 +12,7 @@ from distcond.errors import DataError
 def task_of(train: int, validation: int = 1000, context: int = 16, examples: int = 7) -> ByteTask:
     """Bytes that tell where they are from: position modulo 128 in training, 128 more in validation."""
     texts = (np.arange(train) % 128).astype(np.uint8), (128 + np.arange(validation) % 128).astype(np.uint8)
-    return ByteTask(Corpus(*texts, {"source": "text"}), context, examples)
+    return ByteTask(Corpus(*(Stream([text]) for text in texts), {"source": "text"}), context, examples)
 
 
 def test_targets_are_the_next_bytes_of_the_text() -> None:

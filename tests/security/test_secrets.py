@@ -64,7 +64,7 @@ def test_what_counts_as_secret() -> None:
     "words",
     [
         f"train --dry-run data=text data.files=['{URL}']",
-        f"train data=hf data.path=json data.files=['{URL}']",
+        f"train data=hub data.path=json data.files=['{URL}']",
         f"train cluster.address='{URL}'",
         f"train --dry-run seed='{URL}'",
         f"train --dry-run +a.b='{URL}'",

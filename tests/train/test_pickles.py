@@ -155,7 +155,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def hub(folder: Path, path: str, *files: str, column: str = "text") -> None:
-    build_task(DataConfig(name="hf", path=path, column=column, files=list(files), cache_dir=str(folder / "cache"), context=1))
+    build_task(DataConfig(name="hub", path=path, column=column, files=list(files), cache_dir=str(folder / "cache"), context=1))
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "train.bin"])
