@@ -18,8 +18,7 @@ from distcond.data.batch import Batch
 from distcond.data.batches import LocalFeeder, num_validation_batches
 from distcond.data.generated import GeneratedTask
 from distcond.data.places import PLACES, places_of
-from distcond.data.tasks import Task
-from distcond.data.windows import ByteTask
+from distcond.data.tasks import Task, TextTask, bytes_per_token
 from distcond.errors import ConfigError, RunError
 from distcond.nn.halting import PonderStats
 from distcond.nn.model import SUMS, Learner
@@ -58,7 +57,7 @@ def evaluate(run: Path, step: int | None = None) -> dict[str, Any]:
     steps = ponder(sums, "val/ponder")
     result = {
         "step": read_state(checkpoint)["step"],
-        **quality(sums, is_text=learner.is_text, prefix="val"),
+        **quality(sums, is_text=learner.is_text, prefix="val", bytes_per_token=bytes_per_token(feeder.task, "validation")),
         **steps,
         "macs_per_position": cost_of(config).macs(steps["val/ponder/steps"]),
         "latency_ms": _latency_ms(learner, feeder),
@@ -133,7 +132,7 @@ def _validate(learner: Learner, config: Config, feeder: LocalFeeder) -> tuple[Te
 
 def _groups(task: Task) -> tuple[list[str], Callable[[Batch], np.ndarray] | None]:
     """Names of what the elements of a task are told apart by, and the index of each one's: int64 [B, T]; None: by nothing."""
-    if isinstance(task, ByteTask):
+    if isinstance(task, TextTask) and task.unit == "bytes":
         names = [place.replace(" ", "_") for place in PLACES]
         return names, lambda batch: places_of(np.concatenate([batch.inputs[:, :1], batch.targets], axis=1))
     if isinstance(task, GeneratedTask) and task.measure:

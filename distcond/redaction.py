@@ -7,7 +7,7 @@ from collections.abc import Mapping
 HIDDEN = "***"
 SHORTEST = 6
 "Of a variable's value that is hidden; shorter ones, such as `1`, are no secrets and stand in every text."
-_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
+_NAME = re.compile(r"KEY|TOKEN(?!IZER)|SECRET|PASSWORD", re.IGNORECASE)
 _BEFORE_HOST = re.compile(r"(?<=://)[^\s/?#'\"]*@")
 
 

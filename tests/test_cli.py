@@ -210,14 +210,14 @@ def test_tab_completes_in_a_real_bash(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("distcond ", "train sweep submit evaluate bench"),
+        ("distcond ", "train sweep submit prepare evaluate bench"),
         ("distcond bench ", "tree table exchange train halting"),
         ("distcond bench tree --", "--json --kernels --quick --help"),
         ("distcond bench table --", "--json --kernels --quick --large --help"),
         ("distcond train model=", "model=mlp model=rnn model=transformer"),
         ("distcond submit sweep model.tree.de", "model.tree.depth="),
         ("distcond submit ", "train sweep"),
-        ("distcond train --config-dir {own} data=mi", "data=mine"),
+        ("distcond train --config-dir {own} data=min", "data=mine"),
         ("distcond train --config ", ""),
         ("distcond evaluate ru", ""),
         ("distcond sweep --", "--config --config-dir --help"),

@@ -17,6 +17,7 @@ CONF = Path(__file__).parents[1] / "conf"
 FILES = sorted(file.relative_to(CONF).as_posix().removesuffix(".yaml") for file in CONF.glob("*/*.yaml"))
 NEEDED = {  # what an option asks of the user, or of the model beside it
     "data/text": ["data.files=[corpus.txt]"],
+    "data/mixture": ["data.sources={a: {name: stdlib, weight: 1}}"],
     "data/hub": ["data.path=roneneldan/TinyStories"],
     "data/parity": ["model=rnn"],
     "data/logic": ["model=rnn"],

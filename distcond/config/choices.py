@@ -61,14 +61,15 @@ class DataName(StrEnum):
     stdlib = "stdlib"
     text = "text"
     hub = "hub"
+    mixture = "mixture"
     parity = "parity"
     logic = "logic"
     addition = "addition"
     sort = "sort"
 
 
-TEXTS = frozenset({DataName.stdlib, DataName.text, DataName.hub})
-"The sources of text; the others are generated."
+TEXTS = frozenset({DataName.stdlib, DataName.text, DataName.hub, DataName.mixture})
+"Text; the others are generated."
 
 
 class Precision(StrEnum):

@@ -59,20 +59,23 @@ def tree_cost(in_features: int, out_features: int, tree: TreeConfig) -> TreeCost
 
 
 def model_cost(config: ModelConfig, *, is_text: bool, input_size: int, output_size: int, length: int) -> ModelCost:
-    """Cost of a model on sequences of `length`; attention counts the mean of (length + 1) / 2 visible positions."""
+    """Cost of a model on sequences of `length`; of text, both sizes are the vocabulary.
+
+    Attention counts the mean of (length + 1) / 2 visible positions.
+    """
     width = config.width
     halting = width + 1 if config.halting.kind in {"act", "ponder"} else 0
     if config.name == ModelName.transformer:
         tree = tree_cost(width, config.tree_outputs, config.tree)
         attention = 4 * width * width
-        dense = 256 * width + 3 * width + width + attention + config.feed_forward * width + width
-        dense += 256 * width + 256
+        dense = input_size * width + 3 * width + width + attention + config.feed_forward * width + width
+        dense += output_size * width + output_size
         per_step = attention + width * (length + 1) + tree.macs + config.feed_forward * width + width
-        per_position = 256 * width
+        per_position = output_size * width
     elif config.name == ModelName.mlp:
         tree = tree_cost(width, config.tree_outputs, config.tree)
         inputs = config.window * EMBEDDING if is_text else input_size
-        dense = (256 * EMBEDDING if is_text else 0) + width * (inputs + 1) + 3 * width + output_size * (width + 1)
+        dense = (input_size * EMBEDDING if is_text else 0) + width * (inputs + 1) + 3 * width + output_size * (width + 1)
         per_step, per_position = tree.macs + width, width * (inputs + output_size)
     else:
         tree = tree_cost(input_size + 1 + width, config.tree_outputs, config.tree)

@@ -1,9 +1,12 @@
 """Configuration of the data."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from distcond.config.check import need
 from distcond.config.choices import DataName
+from distcond.config.mixture import checked_sources
+from distcond.errors import ConfigError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -11,7 +14,7 @@ class DataConfig:
     """Where examples come from. The global batch of step t is a pure function of (seed, t)."""
 
     name: DataName = DataName.stdlib
-    "stdlib: the running Python's sources. text: local files. hub: a Hugging Face data set. The others: Graves 2016."
+    "stdlib: Python's own sources. text: local files. hub: a Hugging Face data set. mixture: several. The others: Graves 2016."
     files: list[str] = field(default_factory=list)
     "text, hub: paths or globs of local files."
     path: str = ""
@@ -28,6 +31,8 @@ class DataConfig:
     "Size of the shards that a corpus is prepared in, MiB of text; >= 1. `distcond prepare` writes several at once."
     global_batch_size: int = 32
     "Examples per optimiser step, over all ranks and accumulation steps; >= 1."
+    sources: dict[str, Any] = field(default_factory=dict)
+    "mixture: of each text its weight (share of examples), name, files, path, subset, column, validation_fraction."
     context: int = 128
     "Bytes, or tokens, of context per example; >= 1 (text of any kind)."
     validation_fraction: float = 0.05
@@ -48,6 +53,25 @@ class DataConfig:
     "Most logic gates per vector; 1 to 10."
     max_digits: int = 5
     "Most digits of a number to add; 1 to 17."
+
+    def parts(self) -> dict[str, tuple[float, "DataConfig"]]:
+        """mixture: share of the examples, and configuration, of every source whose weight is not 0. Else nothing.
+
+        Raises ConfigError where `sources` make no mixture.
+        """
+        if self.name != DataName.mixture:
+            return {}
+        settings = checked_sources(self.sources)
+        total = sum(weight for weight, _ in settings.values())
+        parts = {}
+        for source, (weight, given) in settings.items():
+            try:
+                text = replace(self, sources={}, **given)
+            except ConfigError as error:
+                raise ConfigError(f"data.sources.{source}: {error}") from error
+            if weight:
+                parts[source] = (weight / total, text)
+        return parts
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "context", "shard_mib", "validation_examples", "num_bits", "max_length"):
@@ -78,3 +102,5 @@ class DataConfig:
             self.name != DataName.hub or bool(self.path),
             "data.path is empty; name a data set, e.g. data.path=roneneldan/TinyStories.",
         )
+        need(self.name == DataName.mixture or not self.sources, "data.sources are of a mixture; use data=mixture.")
+        self.parts()

@@ -8,7 +8,7 @@ import json
 import logging
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ FORMAT = 2
 "Raised when the same sources would be written differently."
 MANIFEST = "manifest.json"
 
-Run = Callable[[Sequence[Shard]], Iterable[Any]]
-"Writes shards, in any order; yields whenever one has been written."
+Run = Callable[[Sequence[Shard]], Iterable[int]]
+"Writes shards, in any order; of each, when it is written, yields the bytes of text."
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +57,11 @@ class Corpus:
     folder: Path = Path()
 
 
-def in_turn(shards: Sequence[Shard]) -> Iterable[Any]:
+def in_turn(shards: Sequence[Shard]) -> Iterator[int]:
     """Write shards one after the other in this process."""
-    return (shard.write() for shard in shards)
+    for shard in shards:
+        record = shard.write()
+        yield sum(record[split]["bytes"] for split in SPLITS)
 
 
 def open_corpus(cache_dir: str, source: Source, run: Run = in_turn) -> Corpus:
@@ -133,7 +135,10 @@ def _seal(folder: Path, source: Source, shards: Sequence[Shard]) -> dict[str, An
     """Write the manifest, once every shard is whole, and remove what killed processes have left behind."""
     records = [shard.written() for shard in shards]
     if None in records:
-        raise _damaged(folder, ValueError(f"{shards[records.index(None)].path.name} went away while others were written"))
+        raise _damaged(
+            folder,
+            ValueError(f"{shards[records.index(None)].path.name} is not there; is data.cache_dir storage that all nodes share?"),
+        )
     manifest: dict[str, Any] = {"format": FORMAT, "source": source.name, "tokenizer": sha256_of(source.tokenizer)}
     for split in SPLITS:
         parts = [record[split] for record in records if record is not None]

@@ -7,11 +7,11 @@ import itertools
 import os
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from distcond.config import DataConfig, DataName
 from distcond.data.corpus import Corpus, Run, Source, in_turn, open_corpus
@@ -128,13 +128,25 @@ def _hash(name: str) -> float:
 
 def absolute_paths(config: DataConfig) -> DataConfig:
     """The same configuration for a process that runs in another folder: local paths absolute; hub names and `~` as they are."""
-    is_local = config.name != DataName.hub or config.path in BUILDERS
+    sources = {source: _absolute_settings(settings) for source, settings in config.sources.items()}
     return dataclasses.replace(
         config,
-        files=[_absolute(file) if is_local and "://" not in file else file for file in config.files],
-        path=_absolute(config.path) if is_local_folder(config.path) else config.path,
+        sources=sources,
+        **_absolute_settings({"name": config.name, "files": config.files, "path": config.path}),
+        tokenizer=_absolute(config.tokenizer) if config.tokenizer else "",
         cache_dir=config.cache_dir if config.cache_dir.startswith("~") else _absolute(config.cache_dir),
     )
+
+
+def _absolute_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of one text, with absolute local paths."""
+    path, changed = settings.get("path", ""), dict(settings)
+    is_local = settings["name"] != DataName.hub or path in BUILDERS
+    if "files" in settings:
+        changed["files"] = [_absolute(file) if is_local and "://" not in file else file for file in settings["files"]]
+    if is_local_folder(path):
+        changed["path"] = _absolute(path)
+    return changed
 
 
 def is_local_folder(path: str) -> bool:

@@ -48,6 +48,11 @@ class ByteTask:
         """What is predicted, for people: bytes or tokens."""
         return "tokens" if self.corpus.manifest.get("tokenizer") else "bytes"
 
+    def bytes_per_token(self, split: str) -> float:
+        """Bytes of text over tokens, of a whole split; 1 without a tokenizer."""
+        counts = self.corpus.manifest[split]
+        return counts["bytes"] / counts["tokens"] if self.unit == "tokens" else 1.0
+
     def rows(self, seed: int, step: int, size: int, part: slice = slice(None)) -> Batch:
         """Rows `part` of the global batch `step`: `size` windows at uniformly random places of the training text."""
         starts = generator(seed, step, TRAINING).integers(0, len(self.corpus.train) - self.max_length, size)
@@ -58,6 +63,12 @@ class ByteTask:
         places = len(self.corpus.validation) - self.max_length
         starts = np.arange(start, start + size) * places // self.validation_examples
         return self._windows(self.corpus.validation, starts, size)
+
+    def windows_at(self, split: str, places: np.ndarray) -> Batch:
+        """Windows that begin at these places of a split, float64 in [0, 1)."""
+        text: Stream = getattr(self.corpus, split)
+        starts = (places * (len(text) - self.max_length)).astype(np.int64)
+        return self._windows(text, starts, len(starts))
 
     def _windows(self, text: Stream, starts: np.ndarray, global_rows: int) -> Batch:
         windows = text.windows(starts, self.max_length + 1)

@@ -44,24 +44,26 @@ class Head(nn.Module):
 
 
 class WindowMLP(nn.Module):
-    """Next-byte logits from the `window` bytes up to a position; before the start of a sequence they are vectors of zeros.
+    """Logits of the next byte or token from the `window` ones up to a position.
+
+    Before the start of a sequence they are vectors of zeros.
 
     ponder: `AdaptiveComputation`, `PonderNet` or `FixedComputation` around a `ResidualCell`.
     """
 
-    def __init__(self, ponder: nn.Module, width: int, window: int) -> None:
+    def __init__(self, ponder: nn.Module, width: int, window: int, vocabulary: int = VOCABULARY) -> None:
         super().__init__()
         self.window, self.ponder = window, ponder
-        self.embedding = nn.Embedding(VOCABULARY, EMBEDDING)
+        self.embedding = nn.Embedding(vocabulary, EMBEDDING)
         self.input = nn.Linear(window * EMBEDDING, width)
-        self.head = Head(width, VOCABULARY)
+        self.head = Head(width, vocabulary)
 
     def forward(self, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, PonderStats]:
-        """Bytes [B, T] -> logits [B, T, V] and the stats of all B x T positions; lengths are not needed here."""
+        """Bytes or tokens [B, T] -> logits [B, T, V] and the stats of all B x T positions; lengths are not needed here."""
         padded_BTE = nn.functional.pad(self.embedding(inputs.long()), (0, 0, self.window - 1, 0))
         state = self.input(padded_BTE.unfold(1, self.window, 1).flatten(2)).flatten(0, 1)
         mean, stats = self.ponder(state.new_empty(len(state), 0), state)
-        logits = self.head(mean).view(*inputs.shape, VOCABULARY)
+        logits = self.head(mean).unflatten(0, inputs.shape)
         return logits, stats.read(self.head)
 
 

@@ -13,7 +13,7 @@ from distcond.nn.linear import TreeOptions
 from distcond.nn.mlp import ResidualCell, VectorMLP, WindowMLP
 from distcond.nn.pondernet import PonderNet
 from distcond.nn.recurrent import Recurrent
-from distcond.nn.transformer import VOCABULARY, Block, Transformer
+from distcond.nn.transformer import Block, Transformer
 
 SUMS = (
     "nll",  # negative log-likelihood in nats
@@ -36,8 +36,8 @@ class Learner(nn.Module):
     With PonderNet the task loss in training is the mean over its steps, and the rest beta times its regulariser, up to a
     constant, if entropy_weight is beta and time_penalty is -beta log(1 - lambda_p).
 
-    is_text: bytes, of which each one is a target. num_classes: C, outputs are groups of C with one target class each; 1:
-    every output is a binary target of its own.
+    is_text: bytes or tokens, of which each one is a target; num_classes: the vocabulary. Else C, outputs are groups of C
+    with one target class each; 1: every output is a binary target of its own.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class Learner(nn.Module):
     ) -> None:
         super().__init__()
         self.body, self.is_text, self.time_penalty, self.entropy_weight = body, is_text, time_penalty, entropy_weight
-        self.num_classes = VOCABULARY if is_text else num_classes
+        self.num_classes = num_classes
 
     def forward(self, inputs: Tensor, targets: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Loss summed over the batch, and the figures of SUMS, float64.
 
-        inputs: bytes [B, T] or vectors [B, T, I]; targets: bytes [B, T], 0/1 [B, T, O] or classes [B, T, G], below 0 where
-        nothing is asked; lengths int64 [B].
+        inputs: bytes or tokens [B, T], or vectors [B, T, I]; targets: bytes or tokens [B, T], 0/1 [B, T, O] or classes
+        [B, T, G], below 0 where nothing is asked; lengths int64 [B].
         """
         logits, stats = self.body(inputs, lengths)
         valid_BT = torch.arange(logits.shape[1], device=lengths.device) < lengths[:, None]
@@ -106,23 +106,23 @@ def build_learner(config: ModelConfig, *, is_text: bool, input_size: int, output
     if config.name == ModelName.transformer:
         block = Block(config.width, config.heads, config.feed_forward, tree)
         ponder = _ponder(block, config.width, config.halting)
-        body: nn.Module = Transformer(block, ponder, config.width)
+        body: nn.Module = Transformer(block, ponder, config.width, output_size)
     elif config.name == ModelName.mlp:
         ponder = _ponder(ResidualCell(config.width, tree), config.width, config.halting)
         if is_text:
-            body = WindowMLP(ponder, config.width, config.window)
+            body = WindowMLP(ponder, config.width, config.window, output_size)
         else:
             body = VectorMLP(ponder, input_size, config.width, output_size)
     else:
         cell = CELLS[config.cell](input_size + 1, config.width, tree)
         ponder = _ponder(cell, config.width, config.halting)
-        body = Recurrent(ponder, config.width, 2 if config.cell == CellName.lstm else 1, output_size)
+        body = Recurrent(ponder, config.width, 2 if config.cell == CellName.lstm else 1, output_size, input_size)
     return Learner(
         body,
         is_text=is_text,
         time_penalty=config.halting.initial_penalty,
         entropy_weight=config.halting.prior_weight,
-        num_classes=num_classes,
+        num_classes=output_size if is_text else num_classes,
     )
 
 

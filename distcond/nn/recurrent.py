@@ -18,21 +18,21 @@ class Recurrent(nn.Module):
     num_states: tensors in the cell's state, each [B, width].
     """
 
-    def __init__(self, ponder: nn.Module, width: int, num_states: int, output_size: int) -> None:
+    def __init__(self, ponder: nn.Module, width: int, num_states: int, output_size: int, vocabulary: int = VOCABULARY) -> None:
         super().__init__()
-        self.ponder, self.width, self.num_states = ponder, width, num_states
+        self.ponder, self.width, self.num_states, self.vocabulary = ponder, width, num_states, vocabulary
         self.head = nn.Linear(width, output_size)
 
     def forward(self, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, PonderStats]:
-        """Vectors [B, T, I] or bytes [B, T], lengths int64 [B] -> logits [B, T, O] and the stats of all B x T positions.
+        """Vectors [B, T, I], or bytes or tokens [B, T], and lengths int64 [B] -> logits [B, T, O], stats of all B x T positions.
 
-        Bytes are one-hot vectors. All T steps are taken, with no rows where every sequence has ended: ranks stay in lockstep
-        over ragged lengths. Stats beyond a sequence's length are zeros.
+        Bytes and tokens are one-hot vectors of the vocabulary. All T steps are taken, with no rows where every
+        sequence has ended: ranks stay in lockstep over ragged lengths. Stats beyond a sequence's length are zeros.
         """
         if isinstance(self.ponder, AdaptiveComputation | FixedComputation) and _is_plain(self.ponder):
             return self._in_one_loop(self.ponder, inputs, lengths)
         if inputs.dim() == 2:
-            inputs = nn.functional.one_hot(inputs.long(), VOCABULARY).to(self.head.weight.dtype)
+            inputs = nn.functional.one_hot(inputs.long(), self.vocabulary).to(self.head.weight.dtype)
         batch, length, _ = inputs.shape
         states = tuple(inputs.new_zeros(batch, self.width) for _ in range(self.num_states))
         logits, spent = [], []

@@ -1,4 +1,4 @@
-"""A weight-tied causal transformer over bytes: one block, applied to each position as often as it needs.
+"""A weight-tied causal transformer over bytes or tokens: one block, applied to each position as often as it needs.
 
 A position that has halted keeps the keys and values of its last step and stays visible to attention; the mean field
 over its steps forms only its output.
@@ -13,6 +13,7 @@ from distcond.nn.halting import PonderStats
 from distcond.nn.linear import TreeOptions, make_linear
 
 VOCABULARY = 256
+"Of bytes."
 MOST = 0.75
 "Share of a sequence's positions up to which queries are gathered."
 
@@ -93,27 +94,27 @@ class _Asked:
 
 
 class Transformer(nn.Module):
-    """Next-byte logits: embedding, a block under a halting module, a head.
+    """Logits of the next byte or token: embedding, a block under a halting module, a head.
 
     ponder: `AdaptiveComputation`, `PonderNet` or `FixedComputation` around the block.
     """
 
-    def __init__(self, block: Block, ponder: nn.Module, width: int) -> None:
+    def __init__(self, block: Block, ponder: nn.Module, width: int, vocabulary: int = VOCABULARY) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.embedding = nn.Embedding(vocabulary, width)
         self.ponder = ponder
         self.block = (block,)  # in a tuple: the block belongs to `ponder`, which registers its parameters once
         self.norm = nn.RMSNorm(width)
-        self.head = nn.Linear(width, VOCABULARY)
+        self.head = nn.Linear(width, vocabulary)
 
     def forward(self, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, PonderStats]:
-        """Bytes [B, T] -> logits [B, T, V] and the stats of all B x T positions; lengths are not needed here."""
+        """Bytes or tokens [B, T] -> logits [B, T, V] and the stats of all B x T positions; lengths are not needed here."""
         batch, length = inputs.shape
         state = self.embedding(inputs.long()).flatten(0, 1)
         self.block[0].start(batch, length)
         mean, stats = self.ponder(state.new_empty(len(state), 0), state)
         self.block[0].start(0, 0)
-        logits = self._read(mean).view(batch, length, VOCABULARY)
+        logits = self._read(mean).unflatten(0, (batch, length))
         return logits, stats.read(self._read)
 
     def _read(self, state_RD: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from distcond.config import ClusterName, Config, DataConfig
 from distcond.config.check import need
 from distcond.config.cost import ModelCost, model_cost
 from distcond.data.tasks import GENERATED
+from distcond.data.tokens import vocabulary_of
 
 BYTES_PER_ROW_NUMBER = 12
 "fp32 weight and two moments."
@@ -55,8 +56,9 @@ def dense_bytes(config: Config, cost: ModelCost) -> float:
 
 
 def sizes(data: DataConfig) -> tuple[bool, int, int, int]:
-    """Whether data are bytes; numbers a step going in and coming out; steps of an example. No text is opened."""
+    """Whether data are text; numbers a step going in and coming out; steps of an example. No text is opened."""
     if data.name in GENERATED:
         task = GENERATED[data.name](data)
         return False, task.input_size, task.output_size, task.max_length
-    return True, 256, 256, data.context
+    vocabulary = vocabulary_of(data.tokenizer)
+    return True, vocabulary, vocabulary, data.context

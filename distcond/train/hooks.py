@@ -44,8 +44,8 @@ class StopHook:
 class LogHook:
     """Training metrics every `train.log_every` steps, and at the end."""
 
-    def __init__(self, tracker: Tracker | None, cost: ModelCost, peak_tflops: float | None) -> None:
-        self.tracker, self.cost, self.peak_tflops = tracker, cost, peak_tflops
+    def __init__(self, tracker: Tracker | None, cost: ModelCost, peak_tflops: float | None, bytes_per_token: float = 1.0) -> None:
+        self.tracker, self.cost, self.peak_tflops, self.bytes_per_token = tracker, cost, peak_tflops, bytes_per_token
 
     def after_step(self, run: Run) -> None:
         """Pool the window over ranks and write a row."""
@@ -54,7 +54,7 @@ class LogHook:
         world, expert = run.engine.tables.world, run.engine.tables.expert
         sums = world.sum_(run.meter.sums)
         row: dict[str, float] = {"step": run.step}
-        figures = quality(sums, is_text=run.learner.is_text, prefix="train")
+        figures = quality(sums, is_text=run.learner.is_text, prefix="train", bytes_per_token=self.bytes_per_token)
         pondering = ponder(sums)
         row["train/loss"] = mean_loss(sums, run.learner)
         if run.budget is not None:
@@ -80,8 +80,8 @@ class LogHook:
 class ValidationHook:
     """Validation every `train.eval_every` steps, and at the end; keeps the best figure."""
 
-    def __init__(self, tracker: Tracker | None) -> None:
-        self.tracker = tracker
+    def __init__(self, tracker: Tracker | None, bytes_per_token: float = 1.0) -> None:
+        self.tracker, self.bytes_per_token = tracker, bytes_per_token
 
     def after_step(self, run: Run) -> None:
         """Validate and write a row."""
@@ -89,7 +89,8 @@ class ValidationHook:
             return
         start = time.perf_counter()
         sums = validate(run)
-        figures = quality(sums, is_text=run.learner.is_text, prefix="val") | ponder(sums, "val/ponder")
+        figures = quality(sums, is_text=run.learner.is_text, prefix="val", bytes_per_token=self.bytes_per_token)
+        figures |= ponder(sums, "val/ponder")
         row: dict[str, float] = {"step": run.step, **figures, "perf/validation_s": time.perf_counter() - start}
         metric = "val/bpb" if run.learner.is_text else "val/sequence_error"
         run.validation = (run.step, figures[metric])

@@ -19,7 +19,7 @@ from torch import Tensor
 from distcond.config import Config
 from distcond.config.cost import model_cost
 from distcond.data.batches import Feeder
-from distcond.data.tasks import Task, build_task
+from distcond.data.tasks import Task, build_task, bytes_per_token
 from distcond.errors import TrainingError
 from distcond.nn.model import SUMS
 from distcond.ops import kernels
@@ -125,8 +125,8 @@ def make_hooks(run: Run, task: Task, settings: dict[str, Any]) -> list[Hook]:
     cost = model_cost(config.model, is_text=task.kind == "bytes", **sizes)
     hooks: list[Hook] = [
         StopHook(),
-        LogHook(tracker, cost, peak_tflops(config.train)),
-        ValidationHook(tracker),
+        LogHook(tracker, cost, peak_tflops(config.train), bytes_per_token(task, "train")),
+        ValidationHook(tracker, bytes_per_token(task, "validation")),
         CheckpointHook(),
     ]
     return [ProfileHook(), *hooks] if config.train.profile else hooks

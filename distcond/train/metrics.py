@@ -19,12 +19,15 @@ from distcond.table import Collective
 from distcond.train.table_files import tree_layers
 
 
-def quality(sums: Tensor, *, is_text: bool, prefix: str) -> dict[str, float]:
-    """Losses and errors from figures in the order of SUMS, summed over ranks; NaN where nothing was counted."""
+def quality(sums: Tensor, *, is_text: bool, prefix: str, bytes_per_token: float = 1.0) -> dict[str, float]:
+    """Losses and errors from figures in the order of SUMS, summed over ranks; NaN where nothing was counted.
+
+    bytes_per_token: of the text that was predicted, so that bits are told per byte whatever it is cut into.
+    """
     figure = dict(zip(SUMS, sums.tolist(), strict=True))
     if is_text:
         return {
-            f"{prefix}/bpb": _ratio(figure["nll"], figure["elements"]) / math.log(2),
+            f"{prefix}/bpb": _ratio(figure["nll"], figure["elements"]) / math.log(2) / bytes_per_token,
             f"{prefix}/element_error": _ratio(figure["element_errors"], figure["elements"]),
         }
     return {
@@ -35,7 +38,7 @@ def quality(sums: Tensor, *, is_text: bool, prefix: str) -> dict[str, float]:
 
 
 def mean_loss(sums: Tensor, learner: Learner) -> float:
-    """Loss per target byte (text) or per sequence, with the penalty as it is now."""
+    """Loss per target byte or token (text) or per sequence, with the penalty as it is now."""
     figure = dict(zip(SUMS, sums.tolist(), strict=True))
     figures = quality(sums, is_text=learner.is_text, prefix="train")
     nll = figures["train/bpb"] * math.log(2) if learner.is_text else figures["train/nll"]

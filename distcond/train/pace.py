@@ -62,14 +62,14 @@ def _timed(config: Config) -> float:
 
     is_text, input_size, output_size, length = sizes(config.data)
     task = None if is_text else GENERATED[config.data.name](config.data)
-    num_classes = 256 if task is None else task.num_classes
+    num_classes = output_size if task is None else task.num_classes
     torch.set_num_threads(min(max(1, int(config.cluster.cpus_per_worker)), os.cpu_count() or 1))
     use_kernels(config.cluster.kernels.value)
     shape = {"input_size": input_size, "output_size": output_size, "num_classes": num_classes}
     learner = build_learner(config.model, is_text=is_text, **shape)
     size = micro_batch_size(config)
     number = min(size, MOST_EXAMPLES)
-    batch = _noise(number, length) if task is None else task.rows(0, 0, number, slice(0, number))
+    batch = _noise(number, length, input_size) if task is None else task.rows(0, 0, number, slice(0, number))
     inputs = [torch.from_numpy(array) for array in (batch.inputs, batch.targets, batch.lengths)]
     seconds = []
     for _ in range(2):  # the first one warms up
@@ -79,7 +79,7 @@ def _timed(config: Config) -> float:
     return seconds[-1] * size / number * config.optim.accumulation
 
 
-def _noise(number: int, length: int) -> Batch:
-    """Bytes without meaning, for no text is opened."""
-    text = np.random.default_rng(0).integers(0, 256, (number, length + 1), dtype=np.uint8)
+def _noise(number: int, length: int, vocabulary: int) -> Batch:
+    """Bytes or tokens without meaning, for no text is opened."""
+    text = np.random.default_rng(0).integers(0, vocabulary, (number, length + 1), dtype=np.int32)
     return Batch(text[:, :-1], text[:, 1:], np.full(number, length), number * length)

@@ -102,8 +102,8 @@ def test_another_identity_or_source_is_prepared(tmp_path: Path) -> None:
 
 
 def test_the_order_in_which_shards_are_written_leaves_no_trace(tmp_path: Path) -> None:
-    def backwards(shards: Sequence[Shard]) -> Iterator[Any]:
-        return (shard.write() for shard in reversed(shards))
+    def backwards(shards: Sequence[Shard]) -> Iterator[int]:
+        return in_turn(shards[::-1])
 
     opened(tmp_path / "one", single)
     opened(tmp_path / "other", single, run=backwards)
@@ -116,13 +116,13 @@ def test_what_an_interrupted_preparation_has_written_is_kept(tmp_path: Path) -> 
     """A shard of another size than its record's is not whole: a disk was full, or power went."""
     numbers: list[int] = []
 
-    def interrupted(shards: Sequence[Shard]) -> Iterator[Any]:
-        yield from (shard.write() for shard in shards[:3])
+    def interrupted(shards: Sequence[Shard]) -> Iterator[int]:
+        yield from in_turn(shards[:3])
         raise KeyboardInterrupt
 
-    def counted(shards: Sequence[Shard]) -> Iterator[Any]:
+    def counted(shards: Sequence[Shard]) -> Iterator[int]:
         numbers.extend(shard.number for shard in shards)
-        return (shard.write() for shard in shards)
+        return in_turn(shards)
 
     with pytest.raises(KeyboardInterrupt):
         opened(tmp_path, single, run=interrupted)

@@ -15,6 +15,7 @@ SHAPES = {
     DataName.stdlib: ("bytes", 256, 256, 32),
     DataName.text: ("bytes", 256, 256, 32),
     DataName.hub: ("bytes", 256, 256, 32),
+    DataName.mixture: ("bytes", 256, 256, 32),
     DataName.parity: ("vectors", 64, 1, 1),
     DataName.logic: ("vectors", 102, 1, 10),
     DataName.addition: ("vectors", 50, 66, 10),
@@ -31,7 +32,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def task_of(name: DataName, folder: Path) -> Task:
     files = [] if name == DataName.stdlib else [str(folder / "a.txt")]
-    return build_task(DataConfig(name=name, files=files, path="text", context=32, cache_dir=str(folder / "cache")))
+    sources = {"a": {"name": "text", "weight": 1}, "b": {"name": "stdlib", "weight": 2}} if name == DataName.mixture else {}
+    cache = str(folder / "cache")
+    return build_task(DataConfig(name=name, files=files, path="text", sources=sources, context=32, cache_dir=cache))
 
 
 @pytest.mark.parametrize("name", DataName)

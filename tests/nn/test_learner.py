@@ -63,7 +63,8 @@ def test_text_sums_count_bytes_within_their_lengths_only() -> None:
     targets[1, :2] = logits[1, :2].argmax(-1).to(torch.uint8)  # the whole of sequence 1 is right
     steps = torch.arange(1, 17)
     remainder = torch.linspace(0, 1, 16)
-    learner = Learner(Given(logits, PonderStats(steps, remainder, steps + remainder)), is_text=True, time_penalty=0.5)
+    body = Given(logits, PonderStats(steps, remainder, steps + remainder))
+    learner = Learner(body, is_text=True, time_penalty=0.5, num_classes=256)
     loss, sums = learner(targets, targets, LENGTHS)
     places = [(row, time) for row, length in enumerate(LENGTHS.tolist()) for time in range(length)]
     nll = sum(-logits[row, time].double().log_softmax(0)[int(targets[row, time])].item() for row, time in places)

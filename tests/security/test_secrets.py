@@ -57,7 +57,13 @@ def test_redacted_text_hides_secrets_and_nothing_else(text: str, shown: str) -> 
 
 def test_what_counts_as_secret() -> None:
     assert all(is_secret(name) for name in ("WANDB_API_KEY", "hf_token", "Secret", "DB_PASSWORD"))
-    assert not is_secret("WANDB_BASE_URL") and not has_password("ssh://git@host") and has_password(URL)
+    assert (
+        not is_secret("WANDB_BASE_URL")
+        and not is_secret("tokenizer")
+        and is_secret("tokenizer_key")
+        and not has_password("ssh://git@host")
+        and has_password(URL)
+    )
 
 
 @pytest.mark.parametrize(
