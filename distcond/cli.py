@@ -36,6 +36,7 @@ HELP = f"""distcond {__version__}: models that choose their weights and their am
   distcond train    [overrides]        train          distcond train model.tree.depth=4 run.name=first
   distcond sweep    [overrides]        search         distcond sweep sweep=depth_x_penalty train.max_steps=50
   distcond submit   train|sweep [...]  run elsewhere  distcond submit train cluster=ray cluster.num_workers=8
+  distcond prepare  [overrides]        prepare a text distcond prepare data=text 'data.files=[corpus/**/*.txt]'
   distcond evaluate RUN [--step N]     measure a run  distcond evaluate runs/first
   distcond bench    tree|table|...     time layers    distcond bench table --json table.json
 
@@ -122,6 +123,15 @@ def _sweep(argv: list[str]) -> int:
     from distcond.cluster.sweep import sweep
 
     return sweep(config)
+
+
+def _prepare(argv: list[str]) -> int:
+    args = _verb_parser("prepare", add_help=True).parse_intermixed_args(argv)
+    _configure_logging()
+    config = _configuration(args)
+    from distcond.cluster.prepare import prepare
+
+    return prepare(config)
 
 
 def _submit(argv: list[str]) -> int:
@@ -213,6 +223,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "sweep": _sweep,
     "submit": _submit,
+    "prepare": _prepare,
     "evaluate": _evaluate,
     "bench": _bench,
 }
