@@ -42,6 +42,8 @@ class Source:
     "Cuts the source into shards: the same ones for the same identity."
     tokenizer: str = ""
     "Path of a `tokenizers` file; empty: bytes."
+    errors: str = "strict"
+    "As of `encoder`."
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,7 +118,7 @@ def _open_split(folder: Path, manifest: dict[str, Any], split: str, dtype: np.dt
 def _prepare(folder: Path, source: Source, run: Run) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shards = [Shard(str(folder), number, item, source.tokenizer) for number, item in enumerate(source.plan())]
+        shards = [Shard(str(folder), number, item, source.tokenizer, source.errors) for number, item in enumerate(source.plan())]
         for _ in run([shard for shard in shards if shard.written() is None]):
             pass
         manifest = _seal(folder, source, shards)

@@ -50,6 +50,8 @@ class Shard:
     item: Item
     tokenizer: str
     "Path of a `tokenizers` file; empty: bytes."
+    errors: str = "strict"
+    "As of `encoder`."
 
     @property
     def path(self) -> Path:
@@ -93,7 +95,7 @@ class Shard:
     def _fill(self, folder: Path) -> dict[str, Any]:
         chunks, encode = self.item.chunks(), None
         if self.tokenizer:
-            chunks, encode = _by_lines(chunks), encoder(self.tokenizer)
+            chunks, encode = _by_lines(chunks), encoder(self.tokenizer, self.errors)
         with ExitStack() as stack:
             files = {split: stack.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS}
             outputs = {split: _Output(file) for split, file in files.items()}

@@ -193,7 +193,10 @@ def _open(source: str, files: list[TextFile], config: DataConfig, run: Run) -> C
         parts = (piece for part in _parts(full, config.validation_fraction, by_lines) for piece in _cut(part, most, by_lines))
         return [FileParts(tuple(group)) for group in _grouped(parts, most)]
 
-    return open_corpus(config.cache_dir, Source(source, [config.validation_fraction, most, *full], plan, config.tokenizer), run)
+    # Python's own sources have some files that are not UTF-8 on purpose, to test itself with.
+    errors = "replace" if source == "stdlib" else "strict"
+    identity = [config.validation_fraction, most, *full]
+    return open_corpus(config.cache_dir, Source(source, identity, plan, config.tokenizer, errors), run)
 
 
 def _parts(files: list[TextFile], fraction: float, by_lines: bool) -> Iterator[Part]:

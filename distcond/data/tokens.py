@@ -34,16 +34,17 @@ def dtype_of(vocabulary: int) -> np.dtype[Any]:
     return np.dtype(np.uint8 if vocabulary <= 2**8 else np.uint16 if vocabulary <= 2**16 else np.uint32)
 
 
-def encoder(tokenizer: str) -> Callable[[bytes, str], np.ndarray]:
+def encoder(tokenizer: str, errors: str = "strict") -> Callable[[bytes, str], np.ndarray]:
     """What encodes lines of UTF-8 with their file's name: ids in the type of `dtype_of`, without special tokens.
 
-    Raises DataError if the library, or the file, is missing or no tokenizer; the encoder does for bytes that are not UTF-8.
+    errors: what happens to bytes that are not UTF-8, as of bytes.decode: strict or replace (by U+FFFD).
+    Raises DataError if the library, or the file, is missing or no tokenizer; a strict encoder does for what is not UTF-8.
     """
     model = _open(*_identity(tokenizer))
     dtype = dtype_of(vocabulary_of(tokenizer))
 
     def encode(data: bytes, name: str) -> np.ndarray:
-        texts, ids = (_decoded(piece, name) for piece in _pieces(data)), [np.empty(0, dtype)]
+        texts, ids = (_decoded(piece, name, errors) for piece in _pieces(data)), [np.empty(0, dtype)]
         while batch := list(itertools.islice(texts, BATCH_PIECES)):
             ids += (np.array(one.ids, dtype) for one in model.encode_batch_fast(batch, add_special_tokens=False))
         return np.concatenate(ids)
@@ -62,9 +63,9 @@ def _pieces(data: bytes) -> Iterator[bytes]:
         start = end
 
 
-def _decoded(piece: bytes, name: str) -> str:
+def _decoded(piece: bytes, name: str, errors: str) -> str:
     try:
-        return piece.decode()
+        return piece.decode(errors=errors)
     except UnicodeDecodeError as error:
         near = piece[max(0, error.start - 10) : error.start + 10]
         raise DataError(

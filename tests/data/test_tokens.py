@@ -15,8 +15,10 @@ import torch
 from distcond.config import Config, DataConfig, ModelConfig
 from distcond.config.cost import model_cost
 from distcond.data import build_task
+from distcond.data.corpus import in_turn
 from distcond.data.mixture import Mixture
 from distcond.data.tasks import bytes_per_token, open_source
+from distcond.data.text import TextFile, _open
 from distcond.data.tokens import PIECE_BYTES, dtype_of, encoder, vocabulary_of
 from distcond.data.windows import ByteTask
 from distcond.errors import DataError
@@ -173,6 +175,16 @@ def test_text_that_is_not_utf_8_is_named_and_nothing_is_kept(folder: Path, tmp_p
 def test_a_window_longer_than_the_text_counts_in_tokens(folder: Path) -> None:
     with pytest.raises(DataError, match=r"has \d+ tokens of .* text"):
         build_task(settings(folder, context=10**6))
+
+
+def test_stdlib_has_tokens_too_though_some_of_its_files_are_not_utf_8(folder: Path) -> None:
+    encode = encoder(str(folder / "tokenizer.json"), "replace")
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert tokenizer.decode(encode(b"caf\xe9 \xc3\xbc\n", "a").tolist()) == "caf\ufffd ü\n"
+    small = [TextFile("a", str(folder / "bad"), 5, 0), TextFile("b", str(folder / "0.txt"), 1000, 0)]
+    (folder / "bad").write_bytes(b"\xff\xff\n\n\n")
+    corpus = _open("stdlib", small, settings(folder, "stdlib"), in_turn)
+    assert {corpus.manifest[split]["bytes"] for split in ("train", "validation")} == {5, 1000}
 
 
 def test_another_tokenizer_is_another_corpus(folder: Path, tmp_path: Path) -> None:

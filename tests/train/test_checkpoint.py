@@ -69,12 +69,23 @@ OPTIONS = {
 }
 
 
+def mixture_config(folder: Path, **changes: Any) -> Config:
+    """`text_config` on two thirds of one of its files and one third of the others."""
+    config = text_config(folder, **changes)
+    sources = {
+        "one": {"name": "text", "files": [f"{folder}/corpus/0.txt"], "weight": 2},
+        "more": {"name": "text", "files": [f"{folder}/corpus/[1-7].txt"], "weight": 1},
+    }
+    return changed(config, data__name="mixture", data__files=[], data__sources=sources)
+
+
 GROWS_AND_MOVES = {"model__tree__min_visits": 9, "model__tree__max_nodes": 9, "cluster__rebalance_every": 3}
 
 
 RESUMED: dict[str, tuple[Callable[..., Config], dict[str, Any]]] = {
     "parity, ZeRO 0": (small_config, {"optim__zero_stage": 0}),
     "text, ZeRO 2, growing and moving": (text_config, {"optim__zero_stage": 2, **GROWS_AND_MOVES}),
+    "mixture, ZeRO 0": (mixture_config, {"optim__zero_stage": 0}),
     "parity, ZeRO 3": (small_config, {"optim__zero_stage": 3}),
 }
 
