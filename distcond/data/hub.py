@@ -62,17 +62,30 @@ class Rows:
                     for batch in pyarrow.ipc.open_stream(stream):
                         start, stop = max(0, self.first - number), min(len(batch), self.stop - number)
                         if start < stop:
-                            yield from self._split(number + start, batch.column(self.column)[start:stop].to_pylist())
+                            rows = batch.column(self.column)[start:stop].cast(pyarrow.large_binary()).to_pylist()
+                            yield from self._split(number + start, rows)
                         number += len(batch)
         except (OSError, pyarrow.ArrowException) as error:
             raise DataError(f"{file} cannot be read ({' '.join(str(error).split())}); delete it and run again.") from error
 
-    def _split(self, number: int, rows: list[str | None]) -> Iterator[Chunk]:
+    def _split(self, number: int, rows: list[bytes | None]) -> Iterator[Chunk]:
         texts: dict[str, list[bytes]] = {"train": [], "validation": []}
         for index, text in enumerate(rows, start=number):
-            texts["validation" if self.holdout.holds(str(index)) else "train"].append((text or "").encode() + b"\n")
+            texts["validation" if self.holdout.holds(str(index)) else "train"].append(_checked(text or b"", index) + b"\n")
         for split, lines in texts.items():
             yield Chunk(split, "", b"".join(lines), len(lines))
+
+
+def _checked(text: bytes, row: int) -> bytes:
+    """NOTE: pyarrow's reader of JSON takes bytes for text that is none."""
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        near = text[max(0, error.start - 10) : error.start + 10]
+        raise DataError(
+            f"Row {row} of the data set is not UTF-8 ({error.reason} near {near!r}); mend it or leave it out."
+        ) from error
+    return text
 
 
 def _plan(config: DataConfig, files: list[str], most: int) -> list[Rows]:
@@ -109,4 +122,6 @@ def _load(path: str, subset: str, files: list[str]) -> Any:
     except Exception as error:  # whatever goes wrong in there, the user's way out is the same
         is_parsing = isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__
         line = " ".join(str(error.__cause__ if is_parsing else error).split())[:300]
-        raise DataError(f"Data set {path!r} cannot be loaded: {line}; check data.path, data.files and the network.") from error
+        raise DataError(
+            f"Data set {path!r} cannot be loaded: {line}; check data.path, data.subset, data.files and the network."
+        ) from error

@@ -1,14 +1,17 @@
-"""Byte corpora from Hugging Face data sets, here from local files."""
+"""Corpora from Hugging Face data sets, here from local files."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from distcond.config import DataConfig
 from distcond.data.corpus import Corpus
 from distcond.data.hub import open_hub
+from distcond.data.text import Holdout
 from distcond.errors import DataError
 
 
@@ -39,6 +42,47 @@ def test_every_row_is_a_line_of_one_split(tmp_path: Path, rows: Path) -> None:
     assert abs(len(validation) / 2500 - 0.05) < 0.018  # four standard errors
 
 
+@pytest.mark.parametrize("shard_mib", [1, 64])
+@pytest.mark.parametrize("path", ["json", "parquet", "arrow"])
+def test_rows_are_the_same_text_from_any_format_in_any_shards(tmp_path: Path, path: str, shard_mib: int) -> None:
+    """Two files of 1.3 MiB in all; a row without text is an empty line."""
+    texts = [None if number % 1000 == 0 else f"row {number} " + "ü" * 20 for number in range(25_000)]
+    files = []
+    for part, some in enumerate((texts[:15_000], texts[15_000:])):
+        table = pyarrow.table({"id": list(range(len(some))), "text": some})
+        files.append(str(tmp_path / f"{part}.{path}"))
+        if path == "parquet":
+            pyarrow.parquet.write_table(table, files[-1])
+        elif path == "arrow":
+            with pyarrow.ipc.new_stream(files[-1], table.schema) as stream:
+                stream.write_table(table)
+        else:
+            Path(files[-1]).write_text("".join(json.dumps({"id": 0, "text": text}) + "\n" for text in some))
+    config = DataConfig(name="hub", path=path, files=files, cache_dir=str(tmp_path / "cache"), shard_mib=shard_mib)
+    corpus = open_hub(config)
+    assert len(corpus.manifest["shards"]) == (2 if shard_mib == 1 else 1)
+    holdout = Holdout.of(map(str, range(len(texts))), config.validation_fraction)
+    for split in ("train", "validation"):
+        expected = [text or "" for number, text in enumerate(texts) if holdout.holds(str(number)) == (split == "validation")]
+        assert getattr(corpus, split).tobytes().decode() == "".join(line + "\n" for line in expected)
+        assert corpus.manifest[split]["documents"] == len(expected)
+
+
+def test_one_of_a_data_sets_configurations_is_named_by_subset(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for name in ("prose", "verse"):
+        (tmp_path / "set" / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} {row}"}}\n' for row in range(30)))
+    (tmp_path / "set" / "README.md").write_text(
+        "---\nconfigs:\n- {config_name: prose, data_files: prose.jsonl}\n- {config_name: verse, data_files: verse.jsonl}\n---\n"
+    )
+    given = {"name": "hub", "path": str(tmp_path / "set"), "cache_dir": str(tmp_path / "cache")}
+    assert open_hub(DataConfig(**given, subset="verse")).train.tobytes().startswith(b"verse ")
+    assert open_hub(DataConfig(**given, subset="prose")).train.tobytes().startswith(b"prose ")
+    with pytest.raises(DataError, match=r"cannot be loaded: .*prose.*verse.*data\.subset") as caught:
+        open_hub(DataConfig(**given))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_changed_file_is_prepared_again_and_an_unchanged_one_is_not(tmp_path: Path, rows: Path) -> None:
     before = open_rows(tmp_path, files=[str(rows)]).manifest
     prepared = list((tmp_path / "cache" / "corpora").iterdir())
@@ -62,13 +106,15 @@ def test_a_folder_is_a_data_set(tmp_path: Path, rows: Path) -> None:
         ("title", '{"text": "a"}\n', r"data\.column='title' is not in json; it has text\."),
         ("number", '{"number": 1}\n', r"data\.column='number' of json holds int64"),
         ("text", "{no json\n", r"'json' cannot be loaded: JSON parse error"),
+        ("text", b'{"text": "caf\xe9"}\n', r"Row 0 of the data set is not UTF-8 \(.* near b'caf\\xe9'\)"),
     ],
 )
-def test_data_that_is_no_text_is_refused(tmp_path: Path, column: str, lines: str, message: str) -> None:
-    (tmp_path / "bad.jsonl").write_text(lines)
+def test_data_that_is_no_text_is_refused(tmp_path: Path, column: str, lines: str | bytes, message: str) -> None:
+    (tmp_path / "bad.jsonl").write_bytes(lines if isinstance(lines, bytes) else lines.encode())
     with pytest.raises(DataError, match=message) as caught:
         open_rows(tmp_path, column=column, files=[str(tmp_path / "bad.jsonl")])
     assert "\n" not in str(caught.value)
+    assert list((tmp_path / "cache" / "corpora").iterdir()) == []
 
 
 @pytest.mark.parametrize(
