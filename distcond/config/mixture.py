@@ -20,6 +20,8 @@ def checked_sources(sources: Mapping[str, Any]) -> dict[str, tuple[float, dict[s
         any(weight for weight, _ in checked.values()),
         f"data.sources: the weights of {', '.join(checked)} are all 0; give one of them a weight above 0.",
     )
+    total = sum(weight for weight, _ in checked.values())
+    need(math.isfinite(total), f"data.sources: the weights of {', '.join(checked)} sum up to infinity; divide them by a number.")
     return checked
 
 

@@ -3,27 +3,23 @@
 import dataclasses
 import glob
 import hashlib
-import itertools
 import os
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from distcond.config import DataConfig, DataName
 from distcond.data.corpus import Corpus, Run, Source, in_turn, open_corpus
-from distcond.data.shard import Chunk
+from distcond.data.parts import FileParts, Part, cut, grouped, line_start, read
 from distcond.errors import DataError
 
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 "Folders inside the standard library's that are not part of it."
 BUILDERS = {"arrow", "csv", "json", "parquet", "text"}
 "Values of `data.path` that read local files, `data.files`, rather than name a data set."
-READ_SIZE = 16 * 2**20
-"Bytes read at once."
 
 
 class TextFile(NamedTuple):
@@ -34,33 +30,6 @@ class TextFile(NamedTuple):
     path: str
     size: int
     mtime_ns: int
-
-
-class Part(NamedTuple):
-    """Bytes start..stop of a file."""
-
-    split: str
-    name: str
-    path: str
-    start: int
-    stop: int
-    documents: int
-    "That begin in it."
-
-
-@dataclass(frozen=True, slots=True)
-class FileParts:
-    """What a shard is made of, in order. An `Item`."""
-
-    parts: tuple[Part, ...]
-
-    def chunks(self) -> Iterator[Chunk]:
-        """The parts' bytes. Raises DataError where a file cannot be read."""
-        for part in self.parts:
-            documents = part.documents
-            for data in _read(part.path, part.start, part.stop):
-                yield Chunk(part.split, part.name, data, documents)
-                documents = 0
 
 
 def open_stdlib(config: DataConfig, run: Run = in_turn) -> Corpus:
@@ -190,8 +159,8 @@ def _open(source: str, files: list[TextFile], config: DataConfig, run: Run) -> C
 
     def plan() -> list[FileParts]:
         by_lines = bool(config.tokenizer)
-        parts = (piece for part in _parts(full, config.validation_fraction, by_lines) for piece in _cut(part, most, by_lines))
-        return [FileParts(tuple(group)) for group in _grouped(parts, most)]
+        parts = (piece for part in _parts(full, config.validation_fraction, by_lines) for piece in cut(part, most, by_lines))
+        return [FileParts(tuple(group)) for group in grouped(parts, most)]
 
     # Python's own sources have some files that are not UTF-8 on purpose, to test itself with.
     errors = "replace" if source == "stdlib" else "strict"
@@ -204,48 +173,14 @@ def _parts(files: list[TextFile], fraction: float, by_lines: bool) -> Iterator[P
     files = list(_distinct(files))
     if len(files) == 1:
         (file,) = files
-        cut = round(file.size * (1 - fraction))
-        cut = _line_start(file.path, cut) if by_lines else cut
-        yield Part("train", file.name, file.path, 0, cut, 1)
-        yield Part("validation", file.name, file.path, cut, file.size, 1)
+        place = round(file.size * (1 - fraction))
+        place = line_start(file.path, place) if by_lines else place
+        yield Part("train", file.name, file.path, 0, place, 1)
+        yield Part("validation", file.name, file.path, place, file.size, 1)
         return
     holdout = Holdout.of((file.name for file in files), fraction)
     for file in files:
         yield Part("validation" if holdout.holds(file.name) else "train", file.name, file.path, 0, file.size, 1)
-
-
-def _cut(part: Part, most: int, by_lines: bool) -> Iterator[Part]:
-    """A part in pieces of equal size, `most` bytes at the most, or that of a line."""
-    size = part.stop - part.start
-    number = -(-size // most)
-    borders = [part.start + size * index // number for index in range(1, number)]
-    if by_lines:
-        borders = sorted({_line_start(part.path, border) for border in borders})
-    for start, stop in itertools.pairwise([part.start, *borders, part.stop]):
-        if start < stop:
-            yield part._replace(start=start, stop=stop, documents=part.documents if start == part.start else 0)
-
-
-def _grouped(parts: Iterable[Part], most: int) -> Iterator[list[Part]]:
-    """Consecutive parts that together have `most` bytes at the most."""
-    group: list[Part] = []
-    size = 0
-    for part in parts:
-        if group and size + part.stop - part.start > most:
-            yield group
-            group, size = [], 0
-        group.append(part)
-        size += part.stop - part.start
-    yield group
-
-
-def _line_start(path: str, offset: int) -> int:
-    """The first place from `offset` on where a line begins, or the end of the file."""
-    with _opened(path) as stream:
-        stream.seek(max(0, offset - 1))
-        if offset:
-            stream.readline()
-        return stream.tell()
 
 
 def _distinct(files: Iterable[TextFile]) -> Iterator[TextFile]:
@@ -255,29 +190,9 @@ def _distinct(files: Iterable[TextFile]) -> Iterator[TextFile]:
     for file in files:
         if sizes[file.size] > 1:
             digest = hashlib.sha256()
-            for data in _read(file.path, 0, file.size):
+            for data in read(file.path, 0, file.size):
                 digest.update(data)
             if digest.digest() in seen:
                 continue
             seen.add(digest.digest())
         yield file
-
-
-def _read(path: str, start: int, stop: int) -> Iterator[bytes]:
-    with _opened(path) as stream:
-        stream.seek(start)
-        while start < stop:
-            data = stream.read(min(READ_SIZE, stop - start))
-            if not data:
-                raise DataError(f"{path} has become shorter while it was read; leave files alone while they are prepared.")
-            start += len(data)
-            yield data
-
-
-@contextmanager
-def _opened(path: str) -> Iterator[IO[bytes]]:
-    try:
-        with Path(path).open("rb") as stream:
-            yield stream
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); allow it or leave it out of data.files.") from error

@@ -122,6 +122,15 @@ def test_what_is_prepared_is_read_and_said_so(corpus: Path, tmp_path: Path, caps
     assert err.count("\n") == 1 and "the sha256 of 00001/train.bin is not the manifest's" in err
 
 
+def test_every_source_of_a_mixture_is_prepared(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = ", ".join(f"s{number}: {{name: text, files: ['{corpus}/{number}.txt'], weight: 1}}" for number in range(3))
+    words = ["prepare", "data=mixture", f"data.sources={{{sources}}}", f"data.cache_dir={tmp_path}"]
+    assert main(words) == 0
+    assert capsys.readouterr().out.count(" MB/s\n") == 3 == len(list((tmp_path / "corpora").iterdir()))
+    assert main(words) == 0
+    assert capsys.readouterr().out.count("was prepared already") == 3
+
+
 def test_one_shard_needs_no_ray(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command(corpus, tmp_path), "data.shard_mib=64"]) == 0
     assert re.search(r"shards: 1\n +[\d.]+ MB in 0:0\d, [\d.]+ MB/s\n", capsys.readouterr().out)

@@ -162,6 +162,7 @@ A = "{name: stdlib, weight: 1}"
         ("{a: {name: stdlib, weight: nan}}", r"data\.sources\.a\.weight.*(nan|NaN|finite)"),
         ("{a: {name: stdlib, weight: much}}", r"data\.sources\.a\.weight=much: needed is a number"),
         ("{a: {name: stdlib}}", r"data\.sources\.a\.weight=None: needed is a number"),
+        ("{a: {name: stdlib, weight: 1e308}, b: {name: stdlib, weight: 1e308}}", r"the weights of a, b sum up to infinity"),
         ("{a: {name: stdlib, weight: 0}, b: {name: stdlib, weight: 0}}", r"the weights of a, b are all 0"),
         (
             f"{{a: {A}, b: {{name: stdlib, weight: 1, wieght: 2}}}}",

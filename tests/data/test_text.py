@@ -8,13 +8,10 @@ import pytest
 
 from distcond.config import DataConfig
 from distcond.data.corpus import Corpus
+from distcond.data.parts import FileParts, Part, cut, grouped
 from distcond.data.text import (
-    FileParts,
     Holdout,
-    Part,
     TextFile,
-    _cut,
-    _grouped,
     _parts,
     absolute_paths,
     local_files,
@@ -150,7 +147,7 @@ def test_shards_put_together_are_the_text_whatever_their_size(folder: Path, most
     """Each has `most` bytes at the most, or a line; documents are counted where they begin."""
     parts = list(_parts(local_files([str(folder / pattern)]), FRACTION, by_lines))
     shards = [
-        FileParts(tuple(group)) for group in _grouped((piece for part in parts for piece in _cut(part, most, by_lines)), most)
+        FileParts(tuple(group)) for group in grouped((piece for part in parts for piece in cut(part, most, by_lines)), most)
     ]
     whole = list(FileParts(tuple(parts)).chunks())
     found = [list(shard.chunks()) for shard in shards]
