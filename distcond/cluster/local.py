@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from distcond.cluster.host import LOOPBACK
 from distcond.cluster.policy import Room, ask_of, check_room
 from distcond.cluster.reaper import reaped
 from distcond.config import ClusterConfig
@@ -24,7 +25,6 @@ OBJECT_STORE_BYTES = 256 * 2**20
 STOP_TIMEOUT_S = 3.0
 "How long processes may take to end before they are killed."
 CONNECT_TIMEOUT_S = 3.0
-LOOPBACK = "127.0.0.1"
 PREFIX, LOCK = "distcond-ray-", "lock"
 "Of the names of folders for Ray's files, and of the file in each that a living run holds."
 SETTINGS = {
@@ -105,6 +105,11 @@ def _connected(cluster: ClusterConfig) -> Iterator[Room]:
         )
     address = _find(given)
     _check_token(address, given)
+    if not any(process.info["name"] == "raylet" for process in psutil.process_iter(["name"])):  # Ray would try for a minute
+        raise ClusterError(
+            f"this machine is no node of the Ray cluster at {given}; train on one that is, or send the run to the cluster's "
+            "dashboard: distcond submit train cluster=ray cluster.address=http://HEAD:8265."
+        )
     with _on_loopback() if address.startswith(LOOPBACK) else contextlib.nullcontext():
         ray.init(address=address, log_to_driver=False)
     try:

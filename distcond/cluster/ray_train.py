@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray.train
-from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
@@ -104,9 +104,11 @@ class _Group(WorkerGroupCallback):  # type: ignore[misc]  # Ray is untyped
             store = self._job.logs / "ray" / f"store-{uuid.uuid4().hex}"
             store.parent.mkdir(parents=True, exist_ok=True)
             ray.get(worker_group.execute_async(self._job.join, address, port, store), timeout=self._job.hang_timeout_s)
-        except BaseException:
+        except BaseException as error:
             # NOTE: Ray Train ends the workers, and gives back their cores, of a group only that counts as not started.
             worker_group._clear_state()
+            if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
+                raise error.cause from None
             raise
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import psutil
 from rich.console import Console
 
+from distcond.cluster.host import LOOPBACK, data_identity, this_host
 from distcond.cluster.local import preflight, ray_session
 from distcond.cluster.notes import passed_on
 from distcond.cluster.policy import ask_of, culprits, failure_line, threads_per_worker
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 POLL_INTERVAL_S = 0.1
 RANKS_TIMEOUT_S = 15.0
 "How long ranks of a killed command, which end 2 s after it, are waited for."
+LOST_RANKS_S = 60.0
+"How much longer than cluster.hang_timeout_s ranks on a lost host, which then end themselves, are waited for."
 STATUS_INTERRUPTED = 130
 "Exit status after a second Ctrl-C, as shells have it."
 RESTARTS = "restarts.log"
@@ -84,13 +88,17 @@ def fit(
     from distcond.cluster.controller import Job, start_controller
     from distcond.cluster.worker import Rank
 
-    folder, ask = run_folder(config), ask_of(config.cluster)
-    started_file = folder.logs / "started"
+    folder, ask, here = run_folder(config), ask_of(config.cluster), ray.util.get_node_ip_address()
+    started_file, proof_file, proof = folder.logs / "started", folder.logs / "proof", uuid.uuid4().hex
     rank = Rank(
         config=config,
         settings=to_dict(config),
         num_threads=threads_per_worker(ask),
         started_file=started_file,
+        proof_file=proof_file,
+        proof=proof,
+        data=data_identity(config) if here != LOOPBACK else {},  # which nobody else can be at
+        head=this_host(here),
     )
     job = Job(
         train=rank.train,
@@ -98,7 +106,7 @@ def fit(
         ask=ask,
         max_failures=config.cluster.max_failures,
         hang_timeout_s=config.cluster.hang_timeout_s,
-        wait_for_ranks=partial(folder.wait_for_ranks, RANKS_TIMEOUT_S),
+        wait_for_ranks=partial(folder.wait_for_ranks, config.cluster.hang_timeout_s + LOST_RANKS_S),
         logs=folder.logs,
         started_file=started_file,
         restarts_file=folder.logs / RESTARTS,
@@ -108,6 +116,7 @@ def fit(
         folder.wait_for_ranks(RANKS_TIMEOUT_S)
         shutil.rmtree(folder.logs / "ray", ignore_errors=True)
         started_file.unlink(missing_ok=True)
+        proof_file.write_text(proof)
         wait_for(f"{ask.num_workers} workers")
         controller, outcome = start_controller(job)
         try:
@@ -115,7 +124,8 @@ def fit(
                 return _follow(job, folder, outcome, wait_for)
         finally:
             ray.kill(controller)
-            started_file.unlink(missing_ok=True)
+            for file in (started_file, proof_file):
+                file.unlink(missing_ok=True)
 
 
 def _follow(job: "Job", folder: RunFolder, outcome: Any, wait_for: Callable[[str], None]) -> dict[str, Any]:

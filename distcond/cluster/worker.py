@@ -5,15 +5,18 @@ import logging
 import os
 import signal
 import sys
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from distcond.cluster.feeder import RayFeeder
+from distcond.cluster.host import LOOPBACK, check_data, check_storage, choose_interface, this_host
 from distcond.cluster.memory import out_of_memory
 from distcond.cluster.notes import post
-from distcond.cluster.pulse import Pulse
+from distcond.cluster.pulse import Pulse, StuckError
 from distcond.config import Config
 from distcond.redaction import redact
 from distcond.train.run_folder import RunFolder
@@ -23,9 +26,10 @@ from distcond.train.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
-LOOPBACK = "127.0.0.1"
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 "How long a rank waits for the others, e.g. while rank 0 writes a large checkpoint."
+UNHEARD_S = 10.0
+"How long a rank that stands still waits to be ended."
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -39,6 +43,14 @@ class Rank:
     num_threads: int
     started_file: Path
     "Created by rank 0 when training begins."
+    proof_file: Path
+    "In the run folder: what every host must see there."
+    proof: str
+    "Its contents."
+    data: Mapping[str, Any]
+    "What the examples are, as in `host.data_identity`."
+    head: str
+    "The host that the run was started on, as in `host.this_host`."
 
     def join(self, address: str, port: int, store: Path) -> None:
         """Become one of the ranks: own log file, environment, threads, process group with rank 0 at address:port.
@@ -47,8 +59,9 @@ class Rank:
         """
         import ray.train
 
-        context = ray.train.get_context()
+        context, here = ray.train.get_context(), ray.util.get_node_ip_address()
         rank, world_size = context.get_world_rank(), context.get_world_size()
+        check_storage(self.proof_file, self.proof, self.config.run.dir, this_host(here), self.head)
         _end_with_parent()
         _log_to(_folder(self.config).logs / f"rank_{rank}.log", rank)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR=address, MASTER_PORT=str(port))
@@ -63,10 +76,8 @@ class Rank:
         torch.set_num_threads(self.num_threads)
         if has_gpu:
             torch.cuda.set_device(context.get_local_rank())
-        where = None
-        if address == LOOPBACK:  # NOTE: torch's own store, and gloo, would listen on all of the machine's addresses
-            os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
-            where = f"file://{store}"
+        choose_interface(here)
+        where = f"file://{store}" if address == LOOPBACK else None  # NOTE: torch's own store listens on all addresses
         backend, place = "nccl" if has_gpu else "gloo", {"rank": rank, "world_size": world_size}
         torch.distributed.init_process_group(backend, init_method=where, timeout=COLLECTIVE_TIMEOUT, **place)
 
@@ -74,10 +85,12 @@ class Rank:
         """Run the training loop; returns the summary. UserErrors pass as they are."""
         import ray.train
 
-        context = ray.train.get_context()
+        context, here = ray.train.get_context(), ray.util.get_node_ip_address()
         rank = context.get_world_rank()
+        if this_host(here) != self.head:
+            check_data(self.config, self.data, this_host(here), self.head)
         feeder = RayFeeder(self.config, rank, context.get_world_size())
-        pulse = Pulse(feeder, self.config.cluster.hang_timeout_s, _error_queue().put)
+        pulse = Pulse(feeder, self.config.cluster.hang_timeout_s, _give_up)
         folder = _folder(self.config)
         try:
             import torch
@@ -110,6 +123,13 @@ def _end_with_parent() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _give_up(error: StuckError) -> None:
+    """Have Ray Train end all ranks; this one ends itself where its host is cut off, or it would keep the others waiting."""
+    _error_queue().put(error)
+    time.sleep(UNHEARD_S)
+    os._exit(1)
 
 
 def _error_queue() -> Any:

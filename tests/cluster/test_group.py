@@ -13,7 +13,7 @@ import ray
 
 from distcond.cluster.controller import Job, Outcome, start_controller
 from distcond.cluster.policy import Ask
-from distcond.errors import RunError, TrainingError
+from distcond.errors import ClusterError, RunError, TrainingError
 from tests.cluster.processes import is_alive, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("shared_ray")]
@@ -113,6 +113,16 @@ def test_an_old_writer_that_does_not_end_is_the_users_to_end(tmp_path: Path) -> 
 
     outcome = run_job(make_job(tmp_path, wait_for_ranks=never), lambda: None)
     assert str(outcome.last_word) == "somebody writes"
+    assert not (tmp_path / "restarts").exists()
+
+
+def test_what_a_rank_finds_out_before_training_is_the_last_word(tmp_path: Path) -> None:
+    def join(address: str, port: int, store: Path) -> None:
+        raise ClusterError("not shared")
+
+    outcome = run_job(make_job(tmp_path, join=join), lambda: None)
+    assert type(outcome.last_word) is ClusterError
+    assert str(outcome.last_word) == "not shared"
     assert not (tmp_path / "restarts").exists()
 
 
