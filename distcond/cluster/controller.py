@@ -33,7 +33,7 @@ class Job:
     started_file: Path
     "Exists while there is something to lose: from when the ranks enter the training loop."
     restarts_file: Path
-    "Gets a line for the user at each restart of the workers."
+    "Gets a line for the user at each restart of the workers, and where they wait for lost nodes."
     metrics: Path
     "Absolute path of the metrics; what a restart has not made grow, it has not helped."
 

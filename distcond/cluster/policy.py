@@ -3,7 +3,7 @@
 Pure: no Ray, no torch, no clock, no files, so that every decision can be read and tested as a table.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from distcond.config import ClusterConfig
@@ -63,17 +63,25 @@ def check_room(ask: Ask, room: Room) -> None:
             f"cluster.gpus_per_worker={ask.gpus_per_worker:g} puts several ranks on one GPU, which their collectives (NCCL) "
             "refuse; use cluster.gpus_per_worker=1."
         )
+    for line, resource, per_worker, available in _shortages(ask, room):
+        raise ClusterError(f"{line}: use {_advice(resource, ask.num_workers, per_worker, available)}.")
+
+
+def waiting_line(ask: Ask, room: Room) -> str:
+    """What to tell the user where a cluster has lost room and a run waits for its return; empty: there is room."""
+    return next((f"Waiting: {line}." for line, *_ in _shortages(ask, room)), "")
+
+
+def _shortages(ask: Ask, room: Room) -> Iterator[tuple[str, str, float, float]]:
+    """What there is too little of: both numbers in a line, the resource, what a worker asks for, what there is in all."""
     for resource, per_worker, available in (
         ("CPU", ask.cpus_per_worker, room.cpus),
         ("GPU", ask.gpus_per_worker, room.gpus),
     ):
         asked = ask.num_workers * per_worker
-        if asked <= available + ROUNDING * ask.num_workers:
-            continue
-        raise ClusterError(
-            f"cluster.num_workers={ask.num_workers} x {per_worker:g} {resource} asks for {asked:g} {resource}s; {room.place} "
-            f"has {available:g}: use {_advice(resource, ask.num_workers, per_worker, available)}."
-        )
+        if asked > available + ROUNDING * ask.num_workers:
+            line = f"cluster.num_workers={ask.num_workers} x {per_worker:g} {resource} asks for {asked:g} {resource}s"
+            yield f"{line}; {room.place} has {available:g}", resource, per_worker, available
 
 
 def num_runs_at_once(ask: Ask, room: Room) -> int:

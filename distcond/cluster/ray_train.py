@@ -10,6 +10,7 @@ NOTE: `ray.train.v2._internal` is the price; it is why pyproject.toml pins Ray t
 
 import asyncio
 import os
+import time
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +21,11 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.accelerators import AcceleratorSetupCallback
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.controller.controller import TrainController
@@ -31,12 +36,14 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 
 from distcond.cluster.controller import Job, Outcome
 from distcond.cluster.memory import NoMemoryError, kernel_kills
-from distcond.cluster.policy import LOST, OUT_OF_MEMORY, SILENT, restart_line, should_restart
+from distcond.cluster.policy import LOST, OUT_OF_MEMORY, SILENT, Room, restart_line, should_restart, waiting_line
 from distcond.cluster.pulse import StuckError
 from distcond.errors import TrainingError, UserError
 
 ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 "Seconds between looks at the workers (Ray: 2), which is how soon an end, an error or a lost worker is noticed."
+
+ROOM_POLL_S = 1.0
 
 
 def run_workers(job: Job) -> Outcome:
@@ -70,7 +77,7 @@ def _parts(job: Job, restarts: FailurePolicy) -> dict[str, Any]:
     return {
         "train_fn_ref": ObjectRefWrapper(job.train),
         "train_run_context": context,
-        "scaling_policy": _FixedSize(scaling),
+        "scaling_policy": _FixedSize(scaling, job),
         "failure_policy": restarts,
         "callbacks": [AcceleratorSetupCallback(_SharedGpus(), scaling), _Group(job)],
     }
@@ -115,10 +122,18 @@ class _Group(WorkerGroupCallback):  # type: ignore[misc]  # Ray is untyped
 class _FixedSize(ControllerCallback):  # type: ignore[misc]  # Ray is untyped
     """Always the same number of workers, and no word to an autoscaler beyond the placement group that asks for them."""
 
-    def __init__(self, scaling_config: ScalingConfig) -> None:
-        self.scaling_config = scaling_config
+    def __init__(self, scaling_config: ScalingConfig, job: Job) -> None:
+        self.scaling_config, self._job = scaling_config, job
+        self._is_told = False
 
-    def make_decision_for_non_running_worker_group(self) -> ResizeDecision:
+    def make_decision_for_non_running_worker_group(self) -> ResizeDecision | NoopDecision:
+        if line := _lost_room(self._job):
+            if not self._is_told:
+                _tell(self._job, line)
+            self._is_told = True
+            time.sleep(ROOM_POLL_S)
+            return NoopDecision()
+        self._is_told = False
         return ResizeDecision(self.scaling_config.num_workers, self.scaling_config.resources_per_worker)
 
     def make_decision_for_running_worker_group(self, **_: Any) -> NoopDecision:
@@ -138,14 +153,15 @@ class _Restarts(FailurePolicy):  # type: ignore[misc]  # Ray is untyped
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         if _last_word(training_failed_error):
             return FailureDecision.RAISE
+        if _is_start_timeout(training_failed_error) and _lost_room(self._job):
+            return FailureDecision.RETRY  # once there is room again
         failures, allowed = self.failures(training_failed_error), self.failure_config.max_failures
         size = self._job.metrics.stat().st_size if self._job.metrics.exists() else 0
         self._count += 1
         if not should_restart(failures, self._before, size != self._size, self._count, allowed):
             return FailureDecision.RAISE
         self._before, self._size = failures, size
-        with self._job.restarts_file.open("a") as file:
-            file.write(restart_line(failures, self._count, allowed) + "\n")
+        _tell(self._job, restart_line(failures, self._count, allowed))
         self._job.started_file.unlink(missing_ok=True)
         return FailureDecision.RETRY
 
@@ -153,6 +169,21 @@ class _Restarts(FailurePolicy):  # type: ignore[misc]  # Ray is untyped
         """What happened to each rank that failed, in a line."""
         lost = LOST if kernel_kills() == self._kernel_kills else f"{OUT_OF_MEMORY}: the kernel ended a process of its machine"
         return {rank: _one_line(failure, lost) for rank, failure in _errors(error).items()}
+
+
+def _lost_room(job: Job) -> str:
+    """A line for the user where the nodes that are left have too little for the workers."""
+    total = ray.cluster_resources()
+    return waiting_line(job.ask, Room(total.get("CPU", 0), total.get("GPU", 0), "the cluster"))
+
+
+def _is_start_timeout(error: TrainingFailedError) -> bool:
+    return isinstance(error, ControllerError) and isinstance(error.controller_failure, WorkerGroupStartupTimeoutError)
+
+
+def _tell(job: Job, line: str) -> None:
+    with job.restarts_file.open("a") as file:
+        file.write(f"{line}\n")
 
 
 def _errors(error: TrainingFailedError) -> dict[int, Exception]:

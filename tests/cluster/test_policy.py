@@ -18,6 +18,7 @@ from distcond.cluster.policy import (
     restart_line,
     should_restart,
     threads_per_worker,
+    waiting_line,
 )
 from distcond.config import ClusterConfig
 from distcond.errors import ClusterError
@@ -40,6 +41,14 @@ EIGHT_GPUS = Room(cpus=64, gpus=8, place="the cluster at host:6379")
 def test_what_fits_is_let_through(ask: Ask, room: Room) -> None:
     check_room(ask, room)
     assert num_runs_at_once(ask, room) >= 1
+    assert waiting_line(ask, room) == ""
+
+
+def test_a_cluster_that_has_lost_nodes_is_waited_for_in_a_line_with_both_numbers() -> None:
+    line = "Waiting: cluster.num_workers=2 x 1 CPU asks for 2 CPUs; the cluster has 1."
+    assert waiting_line(Ask(2, 1, 0), Room(1, 0, "the cluster")) == line
+    line = "Waiting: cluster.num_workers=8 x 1 GPU asks for 8 GPUs; the cluster has 4."
+    assert waiting_line(Ask(8, 4, 1), Room(32, 4, "the cluster")) == line
 
 
 @pytest.mark.parametrize(
