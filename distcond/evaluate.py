@@ -80,7 +80,7 @@ def _choose_kernels(config: Config) -> None:
 def load_learner(checkpoint: Path, config: Config, feeder: LocalFeeder) -> Learner:
     """The model of a checkpoint, whole, in evaluation mode."""
     task = feeder.task
-    learner = learner_for(config.model, task)
+    learner = learner_for(config, task)
     dense = read_dense(checkpoint, learner)
     with torch.no_grad():
         for name, parameter in learner.named_parameters():

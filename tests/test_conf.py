@@ -11,7 +11,7 @@ import yaml  # type: ignore[import-untyped]
 
 from distcond.compose import compose, compose_node, override, to_dict
 from distcond.config import Config
-from distcond.train.fits import sizes
+from distcond.data.tasks import shape_of
 
 CONF = Path(__file__).parents[1] / "conf"
 FILES = sorted(file.relative_to(CONF).as_posix().removesuffix(".yaml") for file in CONF.glob("*/*.yaml"))
@@ -123,7 +123,12 @@ GRAVES = {  # name -> inputs, outputs, width, batch, most steps: the sizes of th
 def test_graves_experiments_have_his_sizes_and_their_controls(name: str, control: dict[str, Any]) -> None:
     config = override(composed(f"experiment=graves_{name}"), control)
     inputs, outputs, width, batch, steps = GRAVES[name]
-    shape = sizes(config.data)
-    assert (shape[1], shape[2], config.model.width, config.data.global_batch_size) == (inputs, outputs, width, batch)
+    task = shape_of(config.data)
+    assert (task.input_size, task.output_size, config.model.width, config.data.global_batch_size) == (
+        inputs,
+        outputs,
+        width,
+        batch,
+    )
     assert config.model.cell == ("tanh" if name == "parity" else "lstm") and config.model.tree.depth == 0
     assert control or (config.model.halting.kind, config.model.halting.max_steps) == ("act", steps)

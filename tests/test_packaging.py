@@ -1,8 +1,12 @@
-"""The wheel: holds conf/ and launch/, and works from any folder, the checkout included."""
+"""The wheel: holds conf/ and launch/, works from any folder, the checkout included, and takes in tasks and models of others."""
 
+import json
 import os
+import re
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -64,3 +68,53 @@ def test_the_installed_package_composes_inside_the_checkout(installed: Path, def
     )
     shown = run(sys.executable, "-m", "distcond", "train", "--cfg", "job", cwd=ROOT, PYTHONPATH=str(installed))
     assert yaml.safe_load(shown) == default
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python of a fresh environment with both wheels, that of distcond and the one of the package that conf/README.md shows."""
+    folder = tmp_path_factory.mktemp("environment")
+    readme = (ROOT / "conf" / "README.md").read_text()
+    (entry_points,) = re.findall(r"```toml\n(.*?)```", readme, re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    system = '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n'
+    (folder / "pyproject.toml").write_text(f'{system}[project]\nname = "mine"\nversion = "1.0"\n{entry_points}')
+    (folder / "mine.py").write_text(code)
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, folder, cwd=folder)
+    venv.create(folder / "venv")
+    site = next(folder.glob("venv/lib/python*/site-packages"))
+    (site / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    run(*pip, "--no-deps", "--no-index", "--target", site, wheel, *folder.glob("*.whl"), cwd=folder)
+    return folder / "venv" / "bin" / "python"
+
+
+@pytest.mark.ray
+def test_a_task_and_a_model_of_another_package_are_trained_and_measured(environment: Path, tmp_path: Path) -> None:
+    for group, text in (("data", "name: majority\noptions: {bits: 9}\n"), ("model", "name: residual\nwidth: 8\n")):
+        (tmp_path / "my" / group).mkdir(parents=True)
+        (tmp_path / "my" / group / "mine.yaml").write_text(text)
+    clean = {"PYTHONPATH": "", "RAY_ADDRESS": "", "PYTHONSAFEPATH": "1"}
+    distcond = [environment, "-m", "distcond"]
+    words = ["--config-dir", "my", "data=mine", "model=mine", "model.tree.depth=3", "model.halting.kind=act", "run.name=r"]
+    words += [
+        "train.max_steps=60",
+        "train.eval_every=30",
+        "optim.lr=0.01",
+        "data.validation_examples=64",
+        "tracking.mode=disabled",
+    ]
+    planned = run(*distcond, "train", "--dry-run", *words, cwd=tmp_path, **clean)
+    assert "subtrees of the model's own trees over 2 ranks" in planned
+    run(*distcond, "train", *words, "cluster.cpus_per_worker=0.5", cwd=tmp_path, **clean)
+    last = json.loads((tmp_path / "runs/r/metrics.jsonl").read_text().splitlines()[-1])
+    first = json.loads((tmp_path / "runs/r/metrics.jsonl").read_text().splitlines()[0])
+    assert last["step"] == 60 and last["val/element_error"] < 0.3 and first["tree/materialized_nodes"] > 3
+    tables = sorted(file.name for file in (tmp_path / "runs/r/checkpoints/step_00000060").glob("tables_*"))
+    assert [name[:21] for name in tables] == ["tables_00000_of_00002", "tables_00001_of_00002"]
+    assert json.loads((tmp_path / "runs/r/environment.json").read_text())["data"] == {"name": "majority", "bits": 9}
+    run(*distcond, "evaluate", "runs/r", cwd=tmp_path, **clean)
+    measured = json.loads((tmp_path / "runs/r/eval/step_00000060.json").read_text())
+    assert measured["val/element_error"] == last["val/element_error"] and measured["macs_per_position"] > 0
+    again = run(*distcond, "train", "--dry-run", "--config", "runs/r/config.yaml", cwd=tmp_path, **clean)
+    assert "name: majority" in again and "a crash costs" in again

@@ -84,7 +84,7 @@ def _plain_loop(config: Config, feeder: _Prepared) -> Callable[[], None]:
     """A round of steps as anyone would write them with torch, and rows for the tree."""
     torch.manual_seed(config.seed)
     task, optim = feeder.task, config.optim
-    learner = learner_for(config.model, task)
+    learner = learner_for(config, task)
     adam = torch.optim.AdamW(learner.parameters(), optim.lr, weight_decay=optim.weight_decay)
     rows = RowAdam(learner, optim.lr, weight_decay=optim.weight_decay)
 

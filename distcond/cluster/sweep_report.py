@@ -15,7 +15,8 @@ from rich.table import Table
 
 from distcond.cluster.search_space import pareto_front
 from distcond.compose import load_config
-from distcond.config import TEXTS, Config
+from distcond.config import Config
+from distcond.data.tasks import shape_of
 from distcond.errors import RunError
 from distcond.train.fits import cost_of
 from distcond.train.run_folder import check_continues
@@ -99,7 +100,7 @@ class Outcome:
 
 def quality_metric(config: Config) -> str:
     """The validation figure that a run is judged by, smaller is better."""
-    return "val/bpb" if config.data.name in TEXTS else "val/sequence_error"
+    return "val/bpb" if shape_of(config.data).kind == "bytes" else "val/sequence_error"
 
 
 def read_outcome(trial: Trial, memory: Memory, *, is_live: bool = False) -> Outcome:

@@ -6,6 +6,7 @@ from typing import Any
 from distcond.config.check import need
 from distcond.config.choices import DataName
 from distcond.config.mixture import checked_sources
+from distcond.config.plugins import check_name
 from distcond.errors import ConfigError
 
 
@@ -13,8 +14,11 @@ from distcond.errors import ConfigError
 class DataConfig:
     """Where examples come from. The global batch of step t is a pure function of (seed, t)."""
 
-    name: DataName = DataName.stdlib
-    "stdlib: Python's own sources. text: local files. hub: a Hugging Face data set. mixture: several. The others: Graves 2016."
+    name: str = DataName.stdlib.value
+    """stdlib: Python's own sources. text: local files. hub: a Hugging Face data set. mixture: several. parity, logic, addition,
+    sort: Graves 2016. Any other: an entry point of the group distcond.tasks."""
+    options: dict[str, Any] = field(default_factory=dict)
+    "What an entry point reads beside the other keys; those that ship have none."
     files: list[str] = field(default_factory=list)
     "text, hub: paths or globs of local files."
     path: str = ""
@@ -74,6 +78,7 @@ class DataConfig:
         return parts
 
     def __post_init__(self) -> None:
+        check_name("data", self.name, tuple(DataName), self.options)
         for name in ("global_batch_size", "context", "shard_mib", "validation_examples", "num_bits", "max_length"):
             value = getattr(self, name)
             need(value >= 1, f"data.{name}={value} is below 1; use 1 or more.")

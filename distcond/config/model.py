@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from distcond.config.check import nearest_divisors, need
 from distcond.config.choices import CellName, GateGradient, GateName, HaltingKind, ModelName, Storage
+from distcond.config.plugins import check_name
 
 EMBEDDING = 16
 "Numbers that a byte of the window is embedded as (mlp on text)."
@@ -134,8 +136,11 @@ class HaltingConfig:
 class ModelConfig:
     """A model; both research axes, `tree` and `halting`, are part of every one."""
 
-    name: ModelName = ModelName.transformer
-    "transformer: a weight-tied causal block over bytes. rnn, mlp: a recurrent cell, or a residual block, over bytes or vectors."
+    name: str = ModelName.transformer.value
+    """transformer: a weight-tied causal block over bytes. rnn, mlp: a recurrent cell, or a residual block, over bytes or
+    vectors. Any other: an entry point of the group distcond.models."""
+    options: dict[str, Any] = field(default_factory=dict)
+    "What an entry point reads beside the other keys; those that ship have none."
     width: int = 128
     "Size of the state of a position (transformer, mlp) or of the recurrent state (rnn); >= 1."
     heads: int = 4
@@ -159,7 +164,13 @@ class ModelConfig:
         is_gated = self.name == ModelName.rnn and self.cell != CellName.tanh
         return 4 * self.width if is_gated else self.width
 
+    @property
+    def is_shipped(self) -> bool:
+        """Whether distcond brings this model, else another package does."""
+        return self.name in {*ModelName}
+
     def __post_init__(self) -> None:
+        check_name("model", self.name, tuple(ModelName), self.options)
         need(self.width >= 1, f"model.width={self.width} is below 1; use 1 or more.")
         need(self.feed_forward >= 1, f"model.feed_forward={self.feed_forward} is below 1; use 1 or more.")
         need(self.window >= 1, f"model.window={self.window} is below 1; use 1 or more.")
@@ -168,12 +179,12 @@ class ModelConfig:
             f"model.width={self.width} is not divisible by model.heads={self.heads}; use a number of heads that divides it.",
         )
         need(
-            self.tree.gate != GateName.sign or self.tree.num_trees * self.tree.depth <= self.width,
+            not self.is_shipped or self.tree.gate != GateName.sign or self.tree.num_trees * self.tree.depth <= self.width,
             f"model.tree.gate=sign takes {self.tree.num_trees * self.tree.depth} bits (model.tree.num_trees x model.tree.depth) "
             f"from the state, but model.width={self.width}; use a smaller depth.",
         )
         need(
-            self.tree_outputs % self.tree.num_trees == 0,
+            not self.is_shipped or self.tree_outputs % self.tree.num_trees == 0,
             f"model.tree.num_trees={self.tree.num_trees} does not divide the {self.tree_outputs} outputs of the tree layer; "
             f"use {nearest_divisors(self.tree_outputs, self.tree.num_trees)}.",
         )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from distcond.config.check import need
-from distcond.config.choices import TEXTS, ModelName, TrackingMode
+from distcond.config.choices import TEXTS, DataName, ModelName, TrackingMode
 from distcond.config.cluster import ClusterConfig, SweepConfig
 from distcond.config.data import DataConfig
 from distcond.config.model import ModelConfig
@@ -67,11 +67,15 @@ class Config:
             f"data.global_batch_size={size} is not divisible by cluster.num_workers x optim.accumulation = {parts}; "
             f"use {f'{lower} or ' if lower else ''}{lower + parts}.",
         )
-        is_text = self.data.name in TEXTS
-        need(
-            (self.model.name == ModelName.transformer) <= is_text,
-            f"model=transformer reads bytes, but data={self.data.name} gives vectors; use model=rnn or model=mlp.",
-        )
+        check_reads(self.model.name, self.data.name, is_text=self.data.name in TEXTS or self.data.name not in {*DataName})
+
+
+def check_reads(model: str, data: str, *, is_text: bool) -> None:
+    """Refuse a model that reads bytes for data which are vectors; a task of another package says only once it is built."""
+    need(
+        model != ModelName.transformer or is_text,
+        f"model=transformer reads bytes, but data={data} gives vectors; use model=rnn or model=mlp.",
+    )
 
 
 def micro_batch_size(config: Config) -> int:

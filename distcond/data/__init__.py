@@ -2,7 +2,7 @@
 
 from distcond.data.batch import Batch
 from distcond.data.batches import Feeder, LocalFeeder, num_validation_batches
-from distcond.data.tasks import Task, build_task
+from distcond.data.tasks import Task, TaskShape, build_task
 from distcond.data.text import absolute_paths
 
-__all__ = ["Batch", "Feeder", "LocalFeeder", "Task", "absolute_paths", "build_task", "num_validation_batches"]
+__all__ = ["Batch", "Feeder", "LocalFeeder", "Task", "TaskShape", "absolute_paths", "build_task", "num_validation_batches"]

@@ -1,11 +1,13 @@
 """Which tasks there are, and what every one of them can do."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from distcond.config import TEXTS, DataConfig, DataName
+from distcond.config.plugins import call, refusal
 from distcond.data.addition import addition
 from distcond.data.batch import Batch
 from distcond.data.corpus import Corpus, Run, in_turn
@@ -15,11 +17,12 @@ from distcond.data.hub import open_hub
 from distcond.data.mixture import Mixture, allotted
 from distcond.data.sort import sort
 from distcond.data.text import open_stdlib, open_text
+from distcond.data.tokens import vocabulary_of
 from distcond.data.windows import ByteTask
 
 
-class Task(Protocol):
-    """Examples addressed by index: what a row is depends on the arguments alone, never on what was asked before."""
+class Shape(Protocol):
+    """What a model is built for."""
 
     @property
     def kind(self) -> str:
@@ -41,6 +44,21 @@ class Task(Protocol):
     def max_length(self) -> int:
         """T, time steps of a batch."""
 
+
+@dataclass(frozen=True, slots=True)
+class TaskShape:
+    """The shape of a task, without the task."""
+
+    kind: str
+    input_size: int
+    output_size: int
+    num_classes: int
+    max_length: int
+
+
+class Task(Shape, Protocol):
+    """Examples addressed by index: what a row is depends on the arguments alone, never on what was asked before."""
+
     def rows(self, seed: int, step: int, size: int, part: slice = slice(None)) -> Batch:
         """Rows `part` of the global batch `step`, which has `size` rows."""
 
@@ -53,7 +71,7 @@ class Task(Protocol):
 
 TextTask = ByteTask | Mixture
 
-GENERATED: dict[DataName, Callable[[DataConfig], GeneratedTask]] = {
+GENERATED: dict[str, Callable[[DataConfig], GeneratedTask]] = {
     DataName.parity: lambda config: parity(
         config.num_bits,
         scattered=config.scattered,
@@ -70,8 +88,10 @@ GENERATED: dict[DataName, Callable[[DataConfig], GeneratedTask]] = {
 def build_task(config: DataConfig) -> Task:
     """The task that `data.name` names; a text is prepared on first use and opened at once later.
 
-    Raises DataError if there is no text, or too little.
+    Raises DataError if there is no text, or too little, and ConfigError if the task of another package fails.
     """
+    if config.name not in {*DataName}:
+        return _entry_point(config)
     if config.name in GENERATED:
         return GENERATED[config.name](config)
     if config.name != DataName.mixture:
@@ -105,3 +125,71 @@ def open_source(config: DataConfig, run: Run = in_turn) -> Corpus:
             return open_text(config, run)
         case _:
             return open_hub(config, run)
+
+
+def shape_of(config: DataConfig) -> TaskShape:
+    """The shape of the task that `data.name` names; no text is opened."""
+    if config.name in TEXTS:
+        vocabulary = vocabulary_of(config.tokenizer)
+        return TaskShape("bytes", vocabulary, vocabulary, vocabulary, config.context)
+    key = repr(config)
+    if key not in _SHAPES:
+        _SHAPES[key] = shape_without(build_task(config))
+    return _SHAPES[key]
+
+
+def shape_without(task: Shape) -> TaskShape:
+    """The shape of a task alone."""
+    return TaskShape(task.kind, task.input_size, task.output_size, task.num_classes, task.max_length)
+
+
+_SHAPES: dict[str, TaskShape] = {}
+"Of configurations that were asked for: tasks of other packages may take long to open."
+
+
+def _entry_point(config: DataConfig) -> Task:
+    """The task of another package, after a look at what it is and at a row of it."""
+    task: Task = call("data", config.name, config)
+    try:
+        fault = _fault(task)
+    except Exception as error:
+        raise refusal("data", config.name, f"returned {type(task).__name__}: {type(error).__name__}: {error}") from error
+    if fault:
+        raise refusal("data", config.name, f"returned {type(task).__name__}: {fault}")
+    return task
+
+
+def _fault(task: Task) -> str:
+    """What is wrong with a task, if anything. Whatever it lacks raises AttributeError."""
+    shape = shape_without(task)
+    if shape.kind not in {"bytes", "vectors"}:
+        return f"its kind is {shape.kind!r}; needed is bytes or vectors"
+    if shape.kind == "bytes" and not shape.input_size == shape.output_size == shape.num_classes >= 2:
+        return f"{shape} is no task of bytes or tokens, whose three sizes are one: 256, or the vocabulary"
+    if min(shape.input_size, shape.output_size, shape.num_classes, shape.max_length) < 1:
+        return f"{shape} has a size below 1"
+    if shape.output_size % shape.num_classes:
+        return f"num_classes={shape.num_classes} does not divide output_size={shape.output_size}"
+    task.fingerprint()
+    for rows in (task.rows(0, 0, 2, slice(1, 2)), task.validation_rows(0, 1)):
+        if fault := _row_fault(rows, shape):
+            return fault
+    return ""
+
+
+def _row_fault(rows: Batch, shape: TaskShape) -> str:
+    is_text, length = shape.kind == "bytes", shape.max_length
+    ids = np.uint8 if shape.input_size <= 256 else np.int32
+    groups, kind = (
+        (shape.output_size, np.float32) if shape.num_classes == 1 else (shape.output_size // shape.num_classes, np.int64)
+    )
+    needed: dict[str, tuple[tuple[int, ...], type]] = {
+        "inputs": ((1, length), ids) if is_text else ((1, length, shape.input_size), np.float32),
+        "targets": ((1, length), ids) if is_text else ((1, length, groups), kind),
+        "lengths": ((1,), np.int64),
+    }
+    for name, (size, dtype) in needed.items():
+        array = getattr(rows, name)
+        if array.shape != size or array.dtype != dtype:
+            return f"one row has {name} {array.dtype}{list(array.shape)}; needed is {np.dtype(dtype)}{list(size)}"
+    return ""

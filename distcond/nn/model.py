@@ -102,28 +102,34 @@ def _total(part: Tensor, valid_BT: Tensor) -> Tensor:
 
 def build_learner(config: ModelConfig, *, is_text: bool, input_size: int, output_size: int, num_classes: int = 1) -> Learner:
     """The model of a configuration for a task of these sizes, with fresh parameters from torch's generator."""
-    tree = tree_options(config.tree)
-    if config.name == ModelName.transformer:
-        block = Block(config.width, config.heads, config.feed_forward, tree)
-        ponder = _ponder(block, config.width, config.halting)
-        body: nn.Module = Transformer(block, ponder, config.width, output_size)
-    elif config.name == ModelName.mlp:
-        ponder = _ponder(ResidualCell(config.width, tree), config.width, config.halting)
-        if is_text:
-            body = WindowMLP(ponder, config.width, config.window, output_size)
-        else:
-            body = VectorMLP(ponder, input_size, config.width, output_size)
-    else:
-        cell = CELLS[config.cell](input_size + 1, config.width, tree)
-        ponder = _ponder(cell, config.width, config.halting)
-        body = Recurrent(ponder, config.width, 2 if config.cell == CellName.lstm else 1, output_size, input_size)
+    body = _build_body(config, is_text, input_size, output_size)
+    return with_loss(body, config, is_text=is_text, num_classes=output_size if is_text else num_classes)
+
+
+def with_loss(body: nn.Module, config: ModelConfig, *, is_text: bool, num_classes: int) -> Learner:
+    """A model with the loss of its configuration."""
     return Learner(
         body,
         is_text=is_text,
         time_penalty=config.halting.initial_penalty,
         entropy_weight=config.halting.prior_weight,
-        num_classes=output_size if is_text else num_classes,
+        num_classes=num_classes,
     )
+
+
+def _build_body(config: ModelConfig, is_text: bool, input_size: int, output_size: int) -> nn.Module:
+    tree = tree_options(config.tree)
+    if config.name == ModelName.transformer:
+        block = Block(config.width, config.heads, config.feed_forward, tree)
+        return Transformer(block, pondering(block, config.width, config.halting), config.width, output_size)
+    if config.name == ModelName.mlp:
+        ponder = pondering(ResidualCell(config.width, tree), config.width, config.halting)
+        if is_text:
+            return WindowMLP(ponder, config.width, config.window, output_size)
+        return VectorMLP(ponder, input_size, config.width, output_size)
+    cell = CELLS[config.cell](input_size + 1, config.width, tree)
+    ponder = pondering(cell, config.width, config.halting)
+    return Recurrent(ponder, config.width, 2 if config.cell == CellName.lstm else 1, output_size, input_size)
 
 
 def tree_options(config: TreeConfig) -> TreeOptions:
@@ -141,7 +147,8 @@ def tree_options(config: TreeConfig) -> TreeOptions:
     )
 
 
-def _ponder(cell: nn.Module, width: int, halting: HaltingConfig) -> nn.Module:
+def pondering(cell: nn.Module, width: int, halting: HaltingConfig) -> nn.Module:
+    """A cell with a state of `width` numbers a row under the halting of a configuration: module(x, state) -> state, stats."""
     if halting.kind in {HaltingKind.act, HaltingKind.ponder}:
         kind = AdaptiveComputation if halting.kind == HaltingKind.act else PonderNet
         ponder = kind(cell, width, halting.max_steps, halting.least_left, halting.halting_bias)

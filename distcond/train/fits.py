@@ -7,11 +7,11 @@ import os
 
 import psutil
 
-from distcond.config import ClusterName, Config, DataConfig
+from distcond.config import ClusterName, Config
 from distcond.config.check import need
 from distcond.config.cost import ModelCost, model_cost
-from distcond.data.tasks import GENERATED
-from distcond.data.tokens import vocabulary_of
+from distcond.config.run import check_reads
+from distcond.data.tasks import shape_of
 
 BYTES_PER_ROW_NUMBER = 12
 "fp32 weight and two moments."
@@ -24,9 +24,9 @@ def check_fits(config: Config) -> None:
     other machines are not judged.
     """
     cluster, tree = config.cluster, config.model.tree
+    cost = cost_of(config)
     if cluster.name != ClusterName.local or cluster.address or "RAY_ADDRESS" in os.environ:
         return
-    cost = cost_of(config)
     needed = cluster.num_workers * dense_bytes(config, cost)
     if tree.max_nodes is not None:
         copies = cluster.num_workers // (cluster.expert_parallel_size or cluster.num_workers)
@@ -40,9 +40,22 @@ def check_fits(config: Config) -> None:
 
 
 def cost_of(config: Config) -> ModelCost:
-    """Closed-form cost of a configuration's model on its data."""
-    is_text, input_size, output_size, length = sizes(config.data)
-    return model_cost(config.model, is_text=is_text, input_size=input_size, output_size=output_size, length=length)
+    """Closed-form cost of a configuration's model on its data; a model of another package is built for it, once."""
+    shape = shape_of(config.data)
+    check_reads(config.model.name, config.data.name, is_text=shape.kind == "bytes")
+    if not config.model.is_shipped:
+        key = repr((config.model, shape))
+        if key not in _COSTS:
+            from distcond.train.learner import cost_for, learner_for
+
+            _COSTS[key] = cost_for(config.model, shape, learner_for(config, shape).body)
+        return _COSTS[key]
+    sizes = {"input_size": shape.input_size, "output_size": shape.output_size, "length": shape.max_length}
+    return model_cost(config.model, is_text=shape.kind == "bytes", **sizes)
+
+
+_COSTS: dict[str, ModelCost] = {}
+"Of models of other packages, by configuration."
 
 
 def dense_bytes(config: Config, cost: ModelCost) -> float:
@@ -53,12 +66,3 @@ def dense_bytes(config: Config, cost: ModelCost) -> float:
     weights = small * number / (ranks if stage == 3 else 1)
     gradients = small * number / (ranks if stage >= 2 else 1)
     return weights + gradients + (master + 8) * number / (ranks if stage >= 1 else 1)
-
-
-def sizes(data: DataConfig) -> tuple[bool, int, int, int]:
-    """Whether data are text; numbers a step going in and coming out; steps of an example. No text is opened."""
-    if data.name in GENERATED:
-        task = GENERATED[data.name](data)
-        return False, task.input_size, task.output_size, task.max_length
-    vocabulary = vocabulary_of(data.tokenizer)
-    return True, vocabulary, vocabulary, data.context

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from distcond.config import Config
-from distcond.config.cost import model_cost
 from distcond.data.batches import Feeder
 from distcond.data.tasks import Task, build_task, bytes_per_token
 from distcond.errors import TrainingError
@@ -26,6 +25,7 @@ from distcond.ops import kernels
 from distcond.tracking import Tracker
 from distcond.train.health import first_bad_tensor
 from distcond.train.hooks import LONGEST_WAIT_S, CheckpointHook, LogHook, ProfileHook, StopHook, ValidationHook, peak_tflops
+from distcond.train.learner import cost_for
 from distcond.train.run_folder import RunFolder, write_json
 from distcond.train.schedule import learning_rate
 from distcond.train.state import Hook, Run, start_run, tensors
@@ -121,8 +121,7 @@ def make_hooks(run: Run, task: Task, settings: dict[str, Any]) -> list[Hook]:
         # Runs of the same name in other folders, e.g. trials of two sweeps, are other runs.
         run_id = f"{name}-{hashlib.sha256(str(folder.path).encode()).hexdigest()[:8]}"
         tracker = Tracker(folder.path, settings, tracking.mode.value, tracking.project, tracking.group, name, run_id, run.step)
-    sizes = {"input_size": task.input_size, "output_size": task.output_size, "length": task.max_length}
-    cost = model_cost(config.model, is_text=task.kind == "bytes", **sizes)
+    cost = cost_for(config.model, task, run.learner.body)
     hooks: list[Hook] = [
         StopHook(),
         LogHook(tracker, cost, peak_tflops(config.train), bytes_per_token(task, "train")),

@@ -11,8 +11,8 @@ import numpy as np
 from distcond.config import Config, HaltingKind
 from distcond.config.run import micro_batch_size
 from distcond.data.batch import Batch
-from distcond.data.tasks import GENERATED
-from distcond.train.fits import cost_of, sizes
+from distcond.data.tasks import build_task, shape_of
+from distcond.train.fits import cost_of
 from distcond.train.run_folder import RunFolder
 
 RECENT_ROWS = 10
@@ -32,7 +32,7 @@ def seconds_per_step(config: Config) -> tuple[float, str] | None:
     known = _recent_step_ms(RunFolder(Path(config.run.dir) / config.run.name).metrics) if config.run.name else []
     if known:
         return statistics.median(known) / 1e3, "by its metrics"
-    halting, length = config.model.halting, sizes(config.data)[3]
+    halting, length = config.model.halting, shape_of(config.data).max_length
     most_steps = 1 if halting.kind == HaltingKind.none else halting.max_steps
     cost = cost_of(config)
     macs = 2 * MOST_EXAMPLES * length * cost.macs(most_steps)
@@ -57,19 +57,19 @@ def _timed(config: Config) -> float:
     # NOTE: torch takes 1.5 s to import, which a run whose metrics are known need not wait for.
     import torch
 
-    from distcond.nn.model import build_learner
     from distcond.ops import use_kernels
+    from distcond.train.learner import learner_for
 
-    is_text, input_size, output_size, length = sizes(config.data)
-    task = None if is_text else GENERATED[config.data.name](config.data)
-    num_classes = output_size if task is None else task.num_classes
+    shape = shape_of(config.data)
     torch.set_num_threads(min(max(1, int(config.cluster.cpus_per_worker)), os.cpu_count() or 1))
     use_kernels(config.cluster.kernels.value)
-    shape = {"input_size": input_size, "output_size": output_size, "num_classes": num_classes}
-    learner = build_learner(config.model, is_text=is_text, **shape)
+    learner = learner_for(config, shape)
     size = micro_batch_size(config)
     number = min(size, MOST_EXAMPLES)
-    batch = _noise(number, length, input_size) if task is None else task.rows(0, 0, number, slice(0, number))
+    if shape.kind == "bytes":
+        batch = _noise(number, shape.max_length, shape.input_size)
+    else:
+        batch = build_task(config.data).rows(0, 0, number, slice(0, number))
     inputs = [torch.from_numpy(array) for array in (batch.inputs, batch.targets, batch.lengths)]
     seconds = []
     for _ in range(2):  # the first one warms up

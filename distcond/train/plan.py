@@ -22,8 +22,10 @@ def describe(config: Config) -> str:
         f"ranks               {cluster.num_workers}, ZeRO {config.optim.zero_stage}, {config.optim.precision}",
         f"memory per rank     {dense_bytes(config, cost) / 2**20:,.1f} MiB for the dense part",
     ]
-    if cost.node_parameters:
-        size = cluster.expert_parallel_size or cluster.num_workers
+    size = cluster.expert_parallel_size or cluster.num_workers
+    if cost.node_parameters and not config.model.is_shipped:
+        lines.append(f"sharding plan       subtrees of the model's own trees over {size} ranks")
+    elif cost.node_parameters:
         plan = SubtreePlan.make(tree.depth, size, cluster.shard_level, tree.num_trees)
         shared = f"levels 0 to {plan.shard_level - 1} on every rank, " if plan.shard_level else ""
         subtrees = f"{shared}{len(plan.owner_S)} subtrees over {size} ranks"

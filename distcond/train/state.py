@@ -79,7 +79,7 @@ def start_run(config: Config, folder: RunFolder, feeder: Feeder, task: Task, not
     """A fresh run, or the one that the newest intact checkpoint holds. Collective."""
     torch.manual_seed(config.seed)
     use_kernels(config.cluster.kernels.value)
-    learner = learner_for(config.model, task)
+    learner = learner_for(config, task)
     target = config.model.halting.target_steps
     budget = None if target is None else StepBudget(target)
     checkpoint = _agreed_checkpoint(folder.checkpoints, note)

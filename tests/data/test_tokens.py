@@ -17,13 +17,12 @@ from distcond.config.cost import model_cost
 from distcond.data import build_task
 from distcond.data.corpus import in_turn
 from distcond.data.mixture import Mixture
-from distcond.data.tasks import bytes_per_token, open_source
+from distcond.data.tasks import bytes_per_token, open_source, shape_of, shape_without
 from distcond.data.text import TextFile, _open
 from distcond.data.tokens import PIECE_BYTES, dtype_of, encoder, vocabulary_of
 from distcond.data.windows import ByteTask
 from distcond.errors import DataError
 from distcond.nn.model import SUMS
-from distcond.train.fits import sizes
 from distcond.train.learner import learner_for
 from distcond.train.metrics import quality
 from tests.data.tokenizer import train_tokenizer
@@ -104,8 +103,8 @@ def test_the_model_has_the_sizes_of_the_vocabulary(model: str, name: str, folder
     task = build_task(config.data)
     vocabulary = vocabulary_of(config.data.tokenizer)
     assert (task.input_size, task.output_size, task.num_classes) == (vocabulary,) * 3 == (300,) * 3
-    assert sizes(config.data) == (True, vocabulary, vocabulary, 16)
-    learner = learner_for(config.model, task)
+    assert shape_of(config.data) == shape_without(task)
+    learner = learner_for(config, task)
     cost = model_cost(config.model, is_text=True, input_size=vocabulary, output_size=vocabulary, length=16)
     assert sum(parameter.numel() for parameter in learner.parameters()) == cost.dense_parameters
     batch = task.rows(0, 0, 4)

@@ -34,7 +34,7 @@ CONFIGS: list[dict[str, Any]] = [
 
 def learner_of(config: Config) -> Learner:
     task = build_task(config.data)
-    return learner_for(config.model, task)
+    return learner_for(config, task)
 
 
 def number(text: str, before: str, after: str) -> int:

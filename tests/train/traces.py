@@ -118,7 +118,7 @@ def make_learner(case: Case, task: Task) -> Learner:
     """The fresh model of a case, the same on every rank."""
     config = case.config
     seed_cpu(config.seed)
-    learner = learner_for(config.model, task)
+    learner = learner_for(config, task)
     if case.prepare:
         case.prepare(learner)
     return learner
