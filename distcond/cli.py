@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from distcond import __version__
 from distcond.completion import complete
-from distcond.config import Config, Kernels
+from distcond.config import Config, Kernels, RunConfig
 from distcond.errors import ConfigError, RunError, UserError
 from distcond.redaction import redact
 
@@ -38,6 +38,7 @@ HELP = f"""distcond {__version__}: models that choose their weights and their am
   distcond submit   train|sweep [...]  run elsewhere  distcond submit train cluster=ray cluster.num_workers=8
   distcond prepare  [overrides]        prepare a text distcond prepare data=text 'data.files=[corpus/**/*.txt]'
   distcond evaluate RUN [--step N]     measure a run  distcond evaluate runs/first
+  distcond sync     [RUN...]           send to wandb  distcond sync runs/first
   distcond bench    tree|table|...     time layers    distcond bench table --json table.json
 
 Overrides are group=option or key=value. `distcond train --help` lists the groups, their options and every key.
@@ -163,6 +164,22 @@ def _evaluate(argv: list[str]) -> int:
     return 0
 
 
+def _sync(argv: list[str]) -> int:
+    parser = _Parser(prog="distcond sync", description="Send to wandb what has not been sent, once.", allow_abbrev=False)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders; none: every run in run.dir (run.dir=FOLDER: in FOLDER)")
+    args = parser.parse_args(argv)
+    folders = [word.removeprefix("run.dir=") for word in args.runs if word.startswith("run.dir=")]
+    runs = [Path(word) for word in args.runs if not word.startswith("run.dir=")]
+    if len(folders) > 1 or (folders and runs):
+        raise ConfigError(f"sync was given {' '.join(args.runs)}; needed is either folders of runs, or one run.dir=FOLDER.")
+    _configure_logging()
+    from distcond.sync import sync
+
+    for line in sync(runs, Path(folders[0] if folders else RunConfig().dir).expanduser()):
+        print(line, flush=True)
+    return 0
+
+
 def _bench(argv: list[str]) -> int:
     args = _bench_parser().parse_args(argv)
     if args.json is not None and not args.json.absolute().parent.is_dir():
@@ -225,6 +242,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "submit": _submit,
     "prepare": _prepare,
     "evaluate": _evaluate,
+    "sync": _sync,
     "bench": _bench,
 }
 

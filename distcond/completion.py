@@ -34,8 +34,8 @@ def _fixed_words(done: list[str], word: str, verbs: Iterable[str], benches: Iter
     """What may stand at this place, if it is not an override; an empty list leaves it to the shell: a path."""
     if not done:
         return list(verbs)
-    if done[0] == "evaluate" or done[-1] in {"--config", "--config-dir", "-cd"}:
-        return ["--step"] if word.startswith("-") else []
+    if done[0] in {"evaluate", "sync"} or done[-1] in {"--config", "--config-dir", "-cd"}:
+        return ["--step"] if word.startswith("-") and done[0] == "evaluate" else []
     if word.startswith("-"):
         common = ["--config", "--config-dir", "--help"]
         if done[0] == "bench":

@@ -20,6 +20,13 @@ class TrackingConfig:
     "wandb project."
     group: str = ""
     "wandb group; a sweep sets its own name."
+    tags: list[str] = field(default_factory=list)
+    "wandb tags."
+    samples: int = 4
+    "Validation examples that each validation keeps, with what the model made of them, in RUN/eval/samples.jsonl; >= 0."
+
+    def __post_init__(self) -> None:
+        need(self.samples >= 0, f"tracking.samples={self.samples} is negative; use 0 for none.")
 
 
 @dataclass(kw_only=True, slots=True)

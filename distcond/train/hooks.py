@@ -13,6 +13,7 @@ from distcond.nn.model import SUMS
 from distcond.tracking import Tracker
 from distcond.train.metrics import Meter, is_better, mean_loss, ponder, quality, tree_usage
 from distcond.train.run_folder import write_json
+from distcond.train.samples import first_answer, samples_of
 from distcond.train.schedule import learning_rate
 from distcond.train.state import Run, validate
 from distcond.train.table_files import own_tables
@@ -88,7 +89,8 @@ class ValidationHook:
         if run.step % run.config.train.eval_every and not run.is_last:
             return
         start = time.perf_counter()
-        sums = validate(run)
+        with first_answer(run.learner) as seen:
+            sums = validate(run)
         figures = quality(sums, is_text=run.learner.is_text, prefix="val", bytes_per_token=self.bytes_per_token)
         figures |= ponder(sums, "val/ponder")
         row: dict[str, float] = {"step": run.step, **figures, "perf/validation_s": time.perf_counter() - start}
@@ -98,6 +100,8 @@ class ValidationHook:
             run.summary["best"] = {"metric": metric, "value": figures[metric], "step": run.step}
         run.summary["last"] = figures
         if self.tracker:
+            if samples := samples_of(run.learner, seen, run.config.tracking.samples):
+                self.tracker.log_samples(run.step, samples)
             self.tracker.log(row)
         run.meter.started += time.perf_counter() - start
 

@@ -3,7 +3,6 @@
 Every rank runs it. What may wait on other ranks is called equally often by all of them.
 """
 
-import hashlib
 import importlib.metadata
 import logging
 import math
@@ -22,7 +21,7 @@ from distcond.data.tasks import Task, build_task, bytes_per_token
 from distcond.errors import TrainingError
 from distcond.nn.model import SUMS
 from distcond.ops import kernels
-from distcond.tracking import Tracker
+from distcond.tracking import Tracker, wandb_run
 from distcond.train.health import first_bad_tensor
 from distcond.train.hooks import LONGEST_WAIT_S, CheckpointHook, LogHook, ProfileHook, StopHook, ValidationHook, peak_tflops
 from distcond.train.learner import cost_for
@@ -117,10 +116,8 @@ def make_hooks(run: Run, task: Task, settings: dict[str, Any]) -> list[Hook]:
     config, folder, tracker = run.config, run.folder, None
     if run.engine.tables.world.rank == 0:
         write_json(folder.environment_file, environment(task))
-        tracking, name = config.tracking, folder.path.name
-        # Runs of the same name in other folders, e.g. trials of two sweeps, are other runs.
-        run_id = f"{name}-{hashlib.sha256(str(folder.path).encode()).hexdigest()[:8]}"
-        tracker = Tracker(folder.path, settings, tracking.mode.value, tracking.project, tracking.group, name, run_id, run.step)
+        wandb = wandb_run(folder.path, config.tracking, settings)
+        tracker = Tracker(folder.path, wandb, config.tracking.mode.value, run.step)
     cost = cost_for(config.model, task, run.learner.body)
     hooks: list[Hook] = [
         StopHook(),

@@ -13,7 +13,7 @@ import pytest
 
 from distcond.cli import main
 from distcond.redaction import has_password, is_secret, redact
-from distcond.tracking import Tracker
+from distcond.tracking import Tracker, WandbRun
 
 pytestmark = pytest.mark.faults
 
@@ -127,7 +127,7 @@ def test_the_mirror_keeps_no_secret(mode: str, tmp_path: Path) -> None:
     subprocess.run(["git", "init", "-q", "."], check=True)
     subprocess.run(["git", "remote", "add", "origin", f"https://joe:{WORD}@host/x.git"], check=True)
     (tmp_path / "run").mkdir()
-    tracker = Tracker(tmp_path / "run", {}, mode, "project", "", "name", "id", 0)
+    tracker = Tracker(tmp_path / "run", WandbRun("id", "name", "project", "", [], {}), mode, 0)
     tracker.log({"step": 1, "loss": 1.0})
     log = tmp_path / "run" / "logs" / "wandb.log"
     deadline = time.monotonic() + 30

@@ -21,7 +21,9 @@ from unittest.mock import ANY
 import psutil
 import pytest
 
-from distcond.tracking import CLOSE_TIMEOUT_S, ORPHAN_TIMEOUT_S, Tracker
+from distcond.tracking import CLOSE_TIMEOUT_S, Tracker, WandbRun
+from distcond.tracking.mirror import ORPHAN_TIMEOUT_S
+from tests.tracking.server import clean_environment, wandb_server
 
 ROWS = [{"step": float(step), "train/loss": 1 / step, "perf/nan": math.nan} for step in range(1, 31)]
 SLACK_S = 3.0
@@ -70,9 +72,9 @@ def run_before_a_silent_server(folder: Path) -> HungRun:
 import json, sys, time
 from pathlib import Path
 import psutil
-from distcond.tracking import Tracker
+from distcond.tracking import Tracker, WandbRun
 times = [time.monotonic()]
-tracker = Tracker(Path({str(folder)!r}), {{}}, "auto", "project", "", "name", "some-id", 0)
+tracker = Tracker(Path({str(folder)!r}), WandbRun("some-id", "name", "project", "", [], {{}}), "auto", 0)
 for step in range(1000):
     tracker.log({{"step": step, "loss": 0.5}})
 times.append(time.monotonic())
@@ -83,10 +85,9 @@ tracker.close()
 times.append(time.monotonic())
 print(json.dumps([[child.pid for child in children], times]), flush=True)
 """
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     with (
         silent_server() as variables,
-        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=clean | variables) as run,
+        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=clean_environment() | variables) as run,
     ):
         assert run.stdout is not None
         pids, times = json.loads(run.stdout.readline())
@@ -105,7 +106,8 @@ def hung_run(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Future[HungR
 
 
 def track(folder: Path, mode: str = "disabled", resume_step: int = 0) -> Tracker:
-    return Tracker(folder, {"model": {"depth": 3}}, mode, "project", "group", "name", "some-id", resume_step)
+    run = WandbRun("some-id", "name", "project", "group", ["deep", "small"], {"model": {"depth": 3}})
+    return Tracker(folder, run, mode, resume_step)
 
 
 def rows_in(folder: Path) -> list[dict[str, Any]]:
@@ -215,6 +217,7 @@ def test_an_offline_run_has_every_row(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert records["metric"] == [{"glob_name": "*", "options": ANY, "step_metric": "step"}]
     (run,) = records["run"]
     assert (run["run_id"], run["project"], run["run_group"]) == ("some-id", "project", "group")
+    assert run["tags"] == ["deep", "small"]
     assert run["display_name"] == "name" and run["config"]["update"]["model"] == {"depth": 3}
 
 
@@ -222,8 +225,8 @@ def test_a_resumed_run_mirrors_its_own_rows_and_a_killed_one_what_it_had(tmp_pat
     script = f"""
 import os
 from pathlib import Path
-from distcond.tracking import Tracker
-tracker = Tracker(Path({str(tmp_path)!r}), {{}}, "offline", "project", "", "name", "some-id", 20)
+from distcond.tracking import Tracker, WandbRun
+tracker = Tracker(Path({str(tmp_path)!r}), WandbRun("some-id", "name", "project", "", [], {{}}), "offline", 20)
 tracker.log({{"step": 21, "loss": 0.5}})
 tracker.log({{"step": 22, "loss": 0.25}})
 os.kill(os.getpid(), {signal.SIGKILL})
@@ -248,7 +251,7 @@ def test_no_way_online_is_one_warning_and_an_offline_run(
     tracker.close()
     assert mirrored_rows(finished_run(tmp_path)) == [{"step": 1, "loss": 0.5}]
     (message,) = warnings_logged
-    assert message.startswith("wandb is offline (") and f"wandb sync {tmp_path}/wandb/offline-run-*" in message
+    assert message.startswith("wandb is offline (") and f"distcond sync {tmp_path}" in message
 
 
 def test_a_server_that_hangs_holds_up_neither_the_run_nor_its_exit(hung_run: "Future[HungRun]") -> None:
@@ -310,3 +313,65 @@ def test_a_server_that_hangs_leaves_a_complete_offline_run(
     assert mirrored_rows(finished_run(tmp_path)) == rows_in(tmp_path)
     (message,) = warnings_logged
     assert message.startswith("wandb is offline (")
+
+
+def test_an_online_run_has_every_row_and_its_samples_and_going_on_continues_its_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings_logged: list[str]
+) -> None:
+    samples = [{"example": 0, "input": "ab", "steps": [1, 2]}, {"example": 1, "input": "cd", "steps": [3, 4]}]
+    with wandb_server() as server:
+        for name, value in server.variables.items():
+            monkeypatch.setenv(name, value)
+        for start in (0, 20):  # the second one goes on from a checkpoint at 20, after a crash at 30
+            tracker = track(tmp_path, "auto", resume_step=start)
+            for step in range(start + 10, start + 31, 10):
+                tracker.log({"step": step, "loss": 1 / step})
+                if step % 20 == 0:
+                    tracker.log_samples(step, samples)
+                    tracker.log({"step": step, "val/loss": start + step})
+            assert wait_for(lambda number=1 + start // 20: server.num_starts == number)
+            tracker.close()
+            assert wait_for(lambda last=start + 30: sent_step(tmp_path) == last, 10)
+        assert server.rows("some-id") == [
+            {"step": 10, "loss": 0.1},
+            {"step": 20, "loss": 0.05, "val/loss": 20, "val/samples": ANY},
+            {"step": 30, "loss": 1 / 30},  # and not once more
+            {"step": 40, "loss": 0.025, "val/loss": 60, "val/samples": ANY},
+            {"step": 50, "loss": 0.02},
+        ]
+        run = server.runs["some-id"]
+        assert (run["displayName"], run["groupName"], run["tags"]) == ("name", "group", ["deep", "small"])
+        assert '"model":{"value":{"depth":3}}' in run["config"]
+        tables = [json.loads(body) for path, body in server.files.items() if "/media/table/val/samples" in path]
+    assert tables[0] == {"columns": ["example", "input", "steps"], "data": [[0, "ab", "[1, 2]"], [1, "cd", "[3, 4]"]]}
+    assert not warnings_logged
+    assert [row["step"] for row in rows_in(tmp_path)] == [10, 20, 20, 30, 40, 40, 50]
+    kept = [json.loads(line)["step"] for line in (tmp_path / "eval" / "samples.jsonl").read_text().splitlines()]
+    assert kept == [20, 40]
+
+
+def test_a_server_that_falls_silent_holds_up_nothing_and_counts_as_not_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with wandb_server() as server:
+        for name, value in server.variables.items():
+            monkeypatch.setenv(name, value)
+        tracker = track(tmp_path, "auto")
+        assert wait_for(lambda: server.runs)
+        server.is_silent.set()
+        start = time.monotonic()
+        for step in range(1, 200):
+            tracker.log_samples(step, [{"example": 0, "input": "a" * 1000}])
+            tracker.log({"step": step, "val/loss": 0.5})
+        assert time.monotonic() - start < SLACK_S
+        before = psutil.Process().children(recursive=True)
+        start = time.monotonic()
+        tracker.close()
+        assert time.monotonic() - start < CLOSE_TIMEOUT_S + SLACK_S
+        assert not wait_for_exit(before, ORPHAN_TIMEOUT_S + 2 * SLACK_S)
+    assert sent_step(tmp_path) is None and len(rows_in(tmp_path)) == 199
+
+
+def sent_step(folder: Path) -> int | None:
+    file = folder / "wandb" / "sent.json"
+    return next(iter(json.loads(file.read_text())["sent"].values())) if file.exists() else None

@@ -1,0 +1,217 @@
+"""What the process that talks to wandb does: follow a run's files while they grow, or send what a server has not got yet.
+
+NOTE: a process and not a thread, because `import wandb` replaces sys.exit and sys.excepthook, and at exit waits for its
+service: 9 to 12 s with a server that does not answer (wandb 0.31). It runs this file alone and may not find distcond.
+
+The rows of one step are one row of wandb. Steps of wandb only rise: what a run repeats after a crash is skipped, for it is
+what was sent before.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+INIT_TIMEOUT_S = 10
+"The longest that a server is waited for, before going on offline or giving up."
+FINISH_TIMEOUT_S = 60
+"The longest that a server may take for the last rows of `distcond sync`."
+POLL_S = 0.5
+"Between two looks for new rows."
+ORPHAN_TIMEOUT_S = 5
+"The longest that a mirror outlives the run, in whole seconds."
+GOOD_END = b"end"
+"What the run tells its mirror last, if it can."
+TABLE = "val/samples"
+BUSY, NO_KEY = "busy", "no key"
+"What `send` may answer instead of the error."
+
+
+def _main() -> None:
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # wandb's chatter is no answer
+    orders = os.fdopen(sys.stdin.fileno(), "rb", buffering=0)  # NOTE: a thread inside a buffered read breaks the exit
+    task = json.loads(orders.readline())
+    if task["what"] == "send":
+        _send(task, answers)
+    else:
+        _follow(task, orders, answers)
+
+
+def _follow(task: dict[str, Any], orders: BinaryIO, answers: TextIO) -> None:
+    """Copy rows until `orders` end; without GOOD_END as last word the run has crashed. Answers are warnings."""
+    last_word: list[bytes] = []
+    ended = threading.Event()
+
+    def wait_for_end() -> None:
+        last_word.append(orders.read())
+        signal.alarm(ORPHAN_TIMEOUT_S)
+        ended.set()
+
+    threading.Thread(target=wait_for_end, daemon=True).start()
+    try:
+        with _alone(task) as mark:
+            run, is_online = _start_run(task, answers)
+            # Online it is one wandb run over all of its starts; offline every start is a file of its own.
+            after = max(task["sent"], run.step - 1) if is_online else -1
+            copy = _Copy(run, task, after, 0 if is_online else task["start"], answers)
+            while not ended.wait(POLL_S):
+                copy.rows()
+            copy.rows()
+            _finish(run, exit_code=int(last_word != [GOOD_END]))
+            if is_online:
+                mark(copy.last)
+    except Exception as error:
+        answers.write(f"wandb stopped ({_one_line(error)}); metrics.jsonl has every row: distcond sync {task['run']['dir']}\n")
+        raise
+
+
+def _send(task: dict[str, Any], answers: TextIO) -> None:
+    """Send what lies after the step that the server has. Answers are lines of JSON: that it started, then how it ended."""
+    import wandb
+    from wandb.sdk.lib import wbauth
+
+    os.environ.pop("WANDB_MODE", None)  # of training
+    settings = _settings(finish_timeout=FINISH_TIMEOUT_S, finish_timeout_raises=True)
+    try:
+        with _alone(task, wait=False) as mark:
+            if not wbauth.authenticate_session(host=wandb.setup(settings).settings.base_url, source="distcond", prompt=False):
+                answers.write(json.dumps({"error": NO_KEY}) + "\n")
+                return
+            run = wandb.init(**task["run"], mode="online", resume="allow", settings=settings)
+            answers.write(json.dumps({"started": run.step}) + "\n")
+            run.define_metric("*", step_metric="step")
+            copy = _Copy(run, task, max(task["sent"], run.step - 1), 0, answers)
+            copy.rows(task["until"])
+            _finish(run)
+            mark(copy.last)
+            answers.write(json.dumps({"sent": copy.count, "step": copy.last}) + "\n")
+    except BlockingIOError:
+        answers.write(json.dumps({"error": BUSY}) + "\n")
+    except Exception as error:
+        answers.write(json.dumps({"error": _one_line(error)}) + "\n")
+        raise
+
+
+@contextlib.contextmanager
+def _alone(task: dict[str, Any], wait: bool = True) -> Iterator[Any]:
+    """Be the only one that sends this run; yields what notes down the last step that a server has got."""
+    file = Path(task["sent_file"])
+    file.parent.mkdir(exist_ok=True)
+    with file.with_suffix(".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+        def mark(step: int) -> None:
+            known = json.loads(file.read_text()) if file.is_file() else {}
+            sent = known.get("sent", {}) | {task["server"]: max(step, task["sent"])}
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"id": task["run"]["id"], "sent": sent}) + "\n")
+            temporary.replace(file)
+
+        yield mark
+
+
+def _start_run(task: dict[str, Any], answers: TextIO) -> tuple[Any, bool]:
+    """The `wandb.Run` and whether it is online; offline, with one warning, if the server cannot be had."""
+    import wandb
+    from wandb.sdk.lib import wbauth
+
+    mode, run = task["mode"], task["run"]
+    settings = _settings(x_stats_pid=os.getppid())  # the run's usage
+    started = None
+    try:
+        host = wandb.setup(settings).settings.base_url
+        if mode == "auto" and wbauth.authenticate_session(host=host, source="distcond", prompt=False):
+            mode = "online"
+        if mode == "online":
+            started = wandb.init(**run, mode="online", resume="allow", settings=settings)
+    except (wandb.Error, OSError) as error:
+        wandb.teardown()  # else the id counts as taken
+        answers.write(f"wandb is offline ({_one_line(error)}); upload later with: distcond sync {run['dir']}\n")
+    is_online = started is not None
+    started = started or wandb.init(**run, mode="offline", settings=settings)
+    started.define_metric("*", step_metric="step")
+    return started, is_online
+
+
+def _finish(run: Any, exit_code: int = 0) -> None:
+    """Wait until a server has every row. Raises RuntimeError where it refused them.
+
+    NOTE: `run.finish` is silent about that (wandb 0.31); its service's own log is not.
+    """
+    log = Path(run.settings.log_internal)
+    run.finish(exit_code=exit_code)
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []:
+        if "filestream: fatal error" in line:
+            raise RuntimeError(json.loads(line)["msg"])
+
+
+def _settings(**more: Any) -> Any:
+    import wandb
+
+    return wandb.Settings(console="off", init_timeout=INIT_TIMEOUT_S, **more)
+
+
+class _Copy:
+    """Logs the rows of metrics.jsonl after a step, and the samples of a validation as a table beside its row."""
+
+    def __init__(self, run: Any, task: dict[str, Any], after: int, start: int, answers: TextIO) -> None:
+        self._run, self._after, self._answers = run, after, answers
+        self._metrics = Path(task["metrics"]).open("rb")  # noqa: SIM115 - open as long as the process
+        self._metrics.seek(start)
+        self._samples_file = Path(task["samples"])
+        self._samples: BinaryIO | None = None
+        self._tables: dict[int, Any] = {}
+        self._skipped_tables = False
+        self.count, self.last = 0, after
+
+    def rows(self, until: float = math.inf) -> None:
+        """Log what is complete, up to a step; a line still being written is left for the next look."""
+        for row in _lines(self._metrics):
+            step = int(row["step"])
+            if step <= self._after:
+                continue
+            if step > until:
+                return
+            self._run.log({key: math.nan if value is None else value for key, value in row.items()}, step=step)
+            self.count, self.last = self.count + 1, step
+            self._table(step)
+
+    def _table(self, step: int) -> None:
+        """Log the samples of this step, if there are any. A table that cannot be sent costs no row."""
+        if self._samples is None and self._samples_file.is_file():
+            self._samples = self._samples_file.open("rb")
+        if self._samples is not None:
+            self._tables |= {int(line["step"]): line["samples"] for line in _lines(self._samples)}
+        samples = self._tables.pop(step, None)
+        if not samples or self._skipped_tables:
+            return
+        import wandb
+
+        try:
+            values = [[json.dumps(value) if isinstance(value, list) else value for value in row.values()] for row in samples]
+            self._run.log({TABLE: wandb.Table(columns=list(samples[0]), data=values)}, step=step)
+        except Exception as error:  # noqa: BLE001 - whatever wandb makes of its server's answer
+            self._skipped_tables = True
+            print(f"{TABLE} is not sent any more: {_one_line(error)}", file=sys.stderr)  # noqa: T201
+
+
+def _lines(file: BinaryIO) -> Iterator[dict[str, Any]]:
+    while (line := file.readline()).endswith(b"\n"):
+        yield json.loads(line)
+    file.seek(-len(line), os.SEEK_CUR)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+if __name__ == "__main__":
+    _main()
