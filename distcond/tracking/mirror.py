@@ -57,8 +57,11 @@ def _follow(task: dict[str, Any], orders: BinaryIO, answers: TextIO) -> None:
 
     threading.Thread(target=wait_for_end, daemon=True).start()
     try:
-        with _alone(task) as mark:
+        with contextlib.ExitStack() as stack:
+            mark = stack.enter_context(_alone(task)) if task["mode"] != "offline" else None
             run, is_online = _start_run(task, answers)
+            if not is_online:
+                stack.close()  # `distcond sync` may send it meanwhile
             # Online it is one wandb run over all of its starts; offline every start is a file of its own.
             after = max(task["sent"], run.step - 1) if is_online else -1
             copy = _Copy(run, task, after, 0 if is_online else task["start"], answers)
@@ -66,7 +69,7 @@ def _follow(task: dict[str, Any], orders: BinaryIO, answers: TextIO) -> None:
                 copy.rows()
             copy.rows()
             _finish(run, exit_code=int(last_word != [GOOD_END]))
-            if is_online:
+            if is_online and mark:
                 mark(copy.last)
     except Exception as error:
         answers.write(f"wandb stopped ({_one_line(error)}); metrics.jsonl has every row: distcond sync {task['run']['dir']}\n")

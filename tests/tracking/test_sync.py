@@ -12,6 +12,7 @@ import pytest
 from distcond.cli import main
 from distcond.compose import save_config
 from distcond.config import Config
+from distcond.tracking import Tracker, WandbRun
 from distcond.train.run_folder import RunFolder
 from tests.helpers import changed
 from tests.tracking.server import WandbServer, clean_environment, wandb_server
@@ -99,6 +100,26 @@ def test_the_last_step_of_a_run_that_trains_has_to_wait(
     assert [row["step"] for row in server.rows(run_id(folder))] == [1, 2]
     assert main(["sync", str(folder)]) == 0
     assert [row["step"] for row in server.rows(run_id(folder))] == [1, 2, 3]
+
+
+def test_a_run_that_trains_offline_can_be_sent_and_one_that_sends_itself_is_left_alone(
+    server: WandbServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_run(tmp_path / "first", range(1, 4))
+    run = WandbRun("some-id", "name", "project", "", [], {})
+    tracker = Tracker(folder, run, "offline", resume_step=3)
+    while not list(folder.glob("wandb/offline-run-*/*.wandb")):
+        time.sleep(0.05)
+    assert main(["sync", str(folder)]) == 0
+    assert f"{folder}: 3 rows sent" in capsys.readouterr().out
+    tracker.close()
+    tracker = Tracker(folder, run, "auto", resume_step=3)
+    while "some-id" not in server.runs:
+        time.sleep(0.05)
+    make_run(folder, range(4, 6))
+    assert main(["sync", str(folder)]) == 0
+    assert capsys.readouterr().out == f"{folder}: is being sent already\n"
+    tracker.close()
 
 
 def test_a_server_that_never_answers_is_one_line_and_nothing_counts_as_sent(
