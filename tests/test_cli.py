@@ -210,7 +210,7 @@ def test_tab_completes_in_a_real_bash(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("distcond ", "train sweep submit prepare evaluate bench"),
+        ("distcond ", "train sweep submit prepare evaluate sync bench"),
         ("distcond bench ", "tree table exchange train halting"),
         ("distcond bench tree --", "--json --kernels --quick --help"),
         ("distcond bench table --", "--json --kernels --quick --large --help"),

@@ -72,13 +72,12 @@ def test_the_installed_package_composes_inside_the_checkout(installed: Path, def
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Python of a fresh environment with both wheels, that of distcond and the one of the package that conf/README.md shows."""
+    """Python of a fresh environment with both wheels, that of distcond and the one that conf/mine.py describes."""
     folder = tmp_path_factory.mktemp("environment")
-    readme = (ROOT / "conf" / "README.md").read_text()
-    (entry_points,) = re.findall(r"```toml\n(.*?)```", readme, re.DOTALL)
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    code = (ROOT / "conf" / "mine.py").read_text()
+    (project,) = re.findall(r"^\[project\]\n(?:.*\n)*?(?=\"\"\")", code, re.MULTILINE)
     system = '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n'
-    (folder / "pyproject.toml").write_text(f'{system}[project]\nname = "mine"\nversion = "1.0"\n{entry_points}')
+    (folder / "pyproject.toml").write_text(f"{system}{project}")
     (folder / "mine.py").write_text(code)
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, folder, cwd=folder)
     venv.create(folder / "venv")

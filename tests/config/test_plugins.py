@@ -1,6 +1,5 @@
 """Tasks and models of other packages, which are put into sys.path here; tests/test_packaging.py installs one."""
 
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from distcond.train.learner import cost_for, learner_for
 from distcond.train.plan import describe
 
 ROOT = Path(__file__).parents[2]
-EXAMPLE = re.findall(r"```python\n(.*?)```", (ROOT / "conf" / "README.md").read_text(), re.DOTALL)[0]
+EXAMPLE = (ROOT / "conf" / "mine.py").read_text()
 MINE = ["data.name=majority", "data.options.bits=9", "model=mlp", "model.name=residual", "model.width=8", "model.tree.depth=3"]
 Install = Callable[..., Path]
 
