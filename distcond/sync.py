@@ -19,7 +19,7 @@ def sync(named: Sequence[Path], run_dir: Path) -> Iterator[str]:
     num_sent = 0
     folders = [folder for path in named or [run_dir] for folder in _runs(path)]
     for folder in folders:
-        config, is_growing = load_config(folder.config_file), _is_held(folder)
+        config, is_growing = load_config(folder.config_file), folder.is_held()
         if not named and config.tracking.mode == TrackingMode.disabled:
             continue
         if not has_unsent(folder.path, is_growing=is_growing):
@@ -42,12 +42,3 @@ def _runs(path: Path) -> list[RunFolder]:
     if not folders:
         raise RunError(f"{path} holds no run with metrics; give the folder of a run, or run.dir=FOLDER for all runs in it.")
     return folders
-
-
-def _is_held(folder: RunFolder) -> bool:
-    """Whether a command is writing to the run."""
-    try:
-        with folder.locked():
-            return False
-    except RunError:
-        return True

@@ -49,8 +49,17 @@ class Range:
             value = math.exp(generator.uniform(math.log(self.minimum), math.log(self.maximum)))
         else:
             value = generator.uniform(self.minimum, self.maximum)
-        if isinstance(self.minimum, int) and isinstance(self.maximum, int):
-            return min(max(round(value), self.minimum), self.maximum)
+        return self.tidy(value)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its values are whole numbers."""
+        return isinstance(self.minimum, int) and isinstance(self.maximum, int)
+
+    def tidy(self, value: float) -> float:
+        """A value of the interval as a trial has it."""
+        if self.is_whole:
+            return int(min(max(round(value), self.minimum), self.maximum))
         return min(max(float(f"{value:.{SIGNIFICANT_DIGITS}g}"), float(self.minimum)), float(self.maximum))
 
 
@@ -138,6 +147,20 @@ def plan_trials(space: SearchSpace, num_samples: int, seed: int) -> list[dict[st
     samples = [{key: space.ranges[key].sample(generators[key]) for key in space.ranges} for _ in range(num_samples)]
     cells = [dict(zip(space.grids, values, strict=True)) for values in itertools.product(*space.grids.values())]
     return [{**cell, **sample} for sample in samples for cell in cells]
+
+
+def corners(space: SearchSpace) -> list[dict[str, Any]]:
+    """A few points of a space that hold each value of a list or choice, and both ends of each range, at least once."""
+    kinds = {**space.grids, **space.ranges}
+    values = {key: _values_of(kind) for key, kind in kinds.items()}
+    number = max(map(len, values.values()))
+    return [{key: listed[index % len(listed)] for key, listed in values.items()} for index in range(number)]
+
+
+def _values_of(kind: list[Any] | Range | Choice) -> list[Any]:
+    if isinstance(kind, Range):
+        return [kind.tidy(kind.minimum), kind.tidy(kind.maximum)]
+    return kind.values if isinstance(kind, Choice) else kind
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -1,5 +1,6 @@
 """`distcond sweep`: distributed trials by Ray Tune, stopped early by ASHA, ending in a table and its Pareto front."""
 
+import importlib.util
 import math
 import re
 import time
@@ -16,7 +17,7 @@ from rich.table import Table
 from distcond.cluster.command_line import train_line
 from distcond.cluster.local import preflight, ray_session
 from distcond.cluster.policy import Room, ask_of, check_room, num_runs_at_once
-from distcond.cluster.search_space import parse_space, plan_trials
+from distcond.cluster.search_space import corners, parse_space, plan_trials
 from distcond.cluster.sweep_plot import PLOT_FILE, plot
 from distcond.cluster.sweep_report import (
     RESULT_FILE,
@@ -27,14 +28,15 @@ from distcond.cluster.sweep_report import (
     quality_metric,
     read_outcome,
     read_past,
+    read_tried,
     save,
     show,
     table_of,
 )
 from distcond.compose import override
-from distcond.config import Config, DataConfig, SweepConfig
+from distcond.config import Config, DataConfig, Search, SweepConfig
 from distcond.data import absolute_paths, build_task
-from distcond.errors import ConfigError, RunError
+from distcond.errors import ConfigError
 from distcond.train.run_folder import RunFolder
 
 LONGEST_NAME = 80
@@ -53,68 +55,100 @@ def sweep(config: Config) -> int:
     """
     config = name_sweep(config)
     config = replace(config, data=absolute_paths(config.data))  # trials run in other folders
-    trials = plan(config)
-    folder = Path(config.run.dir) / config.sweep.name
+    planned = plan(config)
+    folder, number, trials = Path(config.run.dir) / config.sweep.name, len(planned), planned
+    if config.sweep.search == Search.optuna:
+        trials = read_tried(folder / RESULT_FILE, config.sweep.space, base_of(config))
+        number = max(config.sweep.num_samples, len(trials))
     kept = read_past(folder / RESULT_FILE, trials)
     memory = Memory(started=set(kept), ended=set(kept), kept=kept)
-    for trial in trials:
+    for trial in planned:
         preflight(trial.config.cluster)
-    open_data(trials)
-    report = Report(config, trials, folder, memory)
+    open_data(planned)
+    report = Report(config.sweep.name, quality_metric(planned[0].config), trials, number, folder, memory)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     try:
-        if len(kept) < len(trials):
+        if len(kept) < number:
             with ray_session(config.cluster, folder / "logs") as room:
-                _run(config, trials, room, report)
+                _run(config, planned, room, report)
     finally:  # what there is after Ctrl-C is worth a table too
         outcomes = report.write()
         if any(outcome.status != Status.not_run for outcome in outcomes):
             has_plot = plot(folder / PLOT_FILE, config.sweep.name, report.quality, outcomes)
-            show(report.console, folder, report.quality, outcomes, longer(trials, outcomes))
+            show(report.console, folder, report.quality, outcomes, longer(report.trials, outcomes))
             if has_plot:
                 report.console.print(f"As a picture: {folder / PLOT_FILE}", markup=False, highlight=False, soft_wrap=True)
     return int(any(outcome.status == Status.failed for outcome in outcomes))
 
 
-def _run(config: Config, trials: Sequence[Trial], room: Room, report: "Report") -> None:
+def _run(config: Config, planned: Sequence[Trial], room: Room, report: "Report") -> None:
     # NOTE: Tune is imported here rather than above: a mistake in the space is to be told before.
     from distcond.cluster.tuning import make_scheduler, run_trials
 
-    for trial in trials:
+    for trial in planned:
         check_room(ask_of(trial.config.cluster), room)
-    at_once = num_at_once(trials, room, config.sweep.max_concurrent)
+    at_once = min(num_at_once(planned, room, config.sweep.max_concurrent), report.number)
     scheduler = make_scheduler(config, grace_steps(config))
     before = f", {len(report.memory.kept)} of them done before" if report.memory.kept else ""
-    report.console.print(f"{len(trials)} trials, {at_once} at a time{before}", highlight=False)
+    report.console.print(f"{report.number} trials, {at_once} at a time{before}", highlight=False)
+    suggester = None
+    if config.sweep.search == Search.optuna:
+        from distcond.cluster.suggest import Suggester
+
+        def make(index: int, overrides: dict[str, Any]) -> Trial:
+            return Trial.of(base_of(config), trial_name(index, overrides), overrides)
+
+        space, past = parse_space(config.sweep.space), list(report.trials)
+        suggester = Suggester(space, report.quality, config.seed, report.number, past, make, report.add)
     try:
         with report.live():
-            run_trials(trials, scheduler, at_once, report.folder / "logs", report.memory, report.tell)
+            run_trials(
+                report.trials,
+                base_of(config),
+                scheduler,
+                suggester,
+                number=report.number,
+                at_once=at_once,
+                logs=report.folder / "logs",
+                memory=report.memory,
+                ended=report.tell,
+            )
     except KeyboardInterrupt:
         report.console.print("Stopping, after a checkpoint of what runs; once more stops at once.", soft_wrap=True)
-        stop([trial for trial in trials if trial.name in report.memory.running], SAVE_TIMEOUT_S)
+        stop([trial for trial in report.trials if trial.name in report.memory.running], SAVE_TIMEOUT_S)
         raise
 
 
 class Report:
     """What a sweep shows and keeps while it runs."""
 
-    def __init__(self, config: Config, trials: Sequence[Trial], folder: Path, memory: Memory) -> None:
-        self.trials, self.folder, self.memory, self.console = trials, folder, memory, Console()
-        self.quality, self._name = quality_metric(trials[0].config), config.sweep.name
+    def __init__(self, name: str, quality: str, trials: Sequence[Trial], number: int, folder: Path, memory: Memory) -> None:
+        """trials: those that there are already, of `number` in the end."""
+        self.trials, self.number = list(trials), number
+        self.folder, self.memory, self.console = folder, memory, Console()
+        self.quality, self._name = quality, name
+
+    def add(self, trial: Trial) -> None:
+        """Keep a trial that was made up just now: nothing else tells what its folder is."""
+        self.trials.append(trial)
+        save(self.folder / RESULT_FILE, self._name, self.quality, self._outcomes())
 
     def write(self) -> list[Outcome]:
         """Keep what there is in `sweep.json`, from which an interrupted sweep goes on."""
-        outcomes = [read_outcome(trial, self.memory) for trial in self.trials]
+        outcomes = self._outcomes()
         if any(outcome.status != Status.not_run for outcome in outcomes):
             save(self.folder / RESULT_FILE, self._name, self.quality, outcomes)
         return outcomes
+
+    def _outcomes(self) -> list[Outcome]:
+        return [read_outcome(trial, self.memory) for trial in self.trials]
 
     def tell(self, trial: Trial) -> None:
         """A line for a trial that has ended."""
         self.write()
         outcome = read_outcome(trial, self.memory)
         quality = "" if outcome.quality is None else f", {self.quality} {outcome.quality:.4g}"
-        ended = f"[{len(self.memory.ended)}/{len(self.trials)}]"
+        ended = f"[{len(self.memory.ended)}/{self.number}]"
         line = f"{ended} {trial.name}: {outcome.status} at step {outcome.steps}{quality}"
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -125,7 +159,7 @@ class Report:
         return Live(console=self.console, get_renderable=self._table, refresh_per_second=1, transient=True)
 
     def _table(self) -> Table:
-        outcomes = [read_outcome(trial, self.memory, is_live=True) for trial in self.trials]
+        outcomes = [read_outcome(trial, self.memory, is_live=True) for trial in list(self.trials)]
         return table_of(self.quality, outcomes)
 
 
@@ -147,16 +181,8 @@ def stop(trials: Sequence[Trial], timeout_s: float) -> None:
     for folder in folders:
         folder.stop_file.touch()
     deadline = time.monotonic() + timeout_s
-    while any(_is_held(folder) for folder in folders) and time.monotonic() < deadline:
+    while any(folder.is_held() for folder in folders) and time.monotonic() < deadline:
         time.sleep(0.1)
-
-
-def _is_held(folder: RunFolder) -> bool:
-    try:
-        with folder.locked():
-            return False
-    except RunError:
-        return True
 
 
 def name_sweep(config: Config) -> Config:
@@ -167,21 +193,33 @@ def name_sweep(config: Config) -> Config:
     return override(config, {"run.dir": str(Path(config.run.dir).expanduser().resolve()), "sweep.name": name})
 
 
+def base_of(config: Config) -> Config:
+    """What the trials of a named sweep have in common."""
+    folder = {"run.dir": f"{config.run.dir}/{config.sweep.name}", "tracking.group": config.sweep.name}
+    return override(replace(config, sweep=SweepConfig()), {**folder, "train.eval_every": validation_interval(config)})
+
+
 def plan(config: Config) -> list[Trial]:
-    """The trials of a named sweep, each a valid run of its own. Raises ConfigError, naming the trial, where one is not."""
-    space = parse_space(config.sweep.space)
-    base = replace(config, sweep=SweepConfig())
-    base = override(base, {"run.dir": f"{config.run.dir}/{config.sweep.name}", "tracking.group": config.sweep.name})
-    base = override(base, {"train.eval_every": validation_interval(config)})
+    """The trials of a named sweep, each a valid run of its own; of one by Optuna the corners of its space.
+
+    Raises ConfigError, naming the trial, where one is not.
+    """
+    space, base = parse_space(config.sweep.space), base_of(config)
+    is_planned = config.sweep.search == Search.random
+    if not is_planned and importlib.util.find_spec("optuna") is None:
+        raise ConfigError(
+            "sweep.search=optuna needs the package optuna, which is not installed; pip install 'distcond[optuna]', or use "
+            "sweep.search=random."
+        )
     trials = []
-    for index, overrides in enumerate(plan_trials(space, config.sweep.num_samples, config.seed)):
-        name = trial_name(index, overrides)
+    for index, overrides in enumerate(
+        plan_trials(space, config.sweep.num_samples, config.seed) if is_planned else corners(space)
+    ):
         try:
-            trial = override(base, {**overrides, "run.name": name})
+            trials.append(Trial.of(base, trial_name(index, overrides), overrides))
         except ConfigError as error:
             values = ", ".join(f"{key}={value}" for key, value in overrides.items())
             raise ConfigError(f"sweep.space has a trial that cannot run ({values}): {error}") from error
-        trials.append(Trial(name, overrides, trial))
     if len({quality_metric(trial.config) for trial in trials}) > 1:
         raise ConfigError("sweep.space mixes text and tasks, which are not judged by one figure; make two sweeps of it.")
     return trials

@@ -3,7 +3,7 @@
 import json
 import math
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distcond.cluster.search_space import pareto_front
-from distcond.compose import load_config
+from distcond.compose import load_config, override
 from distcond.config import Config
 from distcond.data.tasks import shape_of
 from distcond.errors import RunError
@@ -43,6 +43,11 @@ class Trial:
     name: str
     overrides: dict[str, Any]
     config: Config
+
+    @classmethod
+    def of(cls, base: Config, name: str, overrides: Mapping[str, Any]) -> "Trial":
+        """A trial of the sweep whose trials differ from `base`. Raises ConfigError where it cannot run."""
+        return cls(name, dict(overrides), override(base, {**overrides, "run.name": name}))
 
     @property
     def folder(self) -> Path:
@@ -138,12 +143,7 @@ def read_past(file: Path, trials: Sequence[Trial]) -> set[str]:
 
     Raises RunError where `sweep.json` is that of another sweep, or such a trial was run with other settings.
     """
-    if not file.is_file():
-        return set()
-    try:
-        past = {entry["name"]: entry for entry in json.loads(file.read_text(encoding="utf-8"))["trials"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{file} is damaged; remove it to run all trials again, or use another sweep.name.") from error
+    past = _entries(file)
     planned = {trial.name: trial for trial in trials}
     for name, entry in past.items():
         if name not in planned or entry.get("overrides") != planned[name].overrides:
@@ -152,6 +152,27 @@ def read_past(file: Path, trials: Sequence[Trial]) -> set[str]:
     for name in sorted(over):
         check_continues(load_config(planned[name].folder / "config.yaml"), planned[name].config, planned[name].folder)
     return over
+
+
+def read_tried(file: Path, keys: Iterable[str], base: Config) -> list[Trial]:
+    """The trials that an earlier, interrupted run of a sweep over `keys` has made up as it went, over or not.
+
+    Raises RunError where `sweep.json` is that of another sweep.
+    """
+    for name, entry in (past := _entries(file)).items():
+        if entry["overrides"].keys() != set(keys):
+            raise RunError(f"{file.parent} holds a sweep over other keys ({name}); use another sweep.name.")
+    return [Trial.of(base, name, entry["overrides"]) for name, entry in past.items()]
+
+
+def _entries(file: Path) -> dict[str, dict[str, Any]]:
+    """Trials of `sweep.json` by name; none where there is no file. Raises RunError where it is damaged."""
+    if not file.is_file():
+        return {}
+    try:
+        return {entry["name"]: entry for entry in json.loads(file.read_text(encoding="utf-8"))["trials"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{file} is damaged; remove it to run all trials again, or use another sweep.name.") from error
 
 
 def _read_rows(file: Path) -> list[dict[str, Any]]:

@@ -9,13 +9,14 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 from ray.tune.logger import JsonLoggerCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
 
 from distcond.cluster.progress import Tail
 from distcond.cluster.sweep_report import Memory, Trial, quality_metric
@@ -39,7 +40,11 @@ SETTINGS = {
 
 def run_trials(
     trials: Sequence[Trial],
+    base: Config,
     scheduler: TrialScheduler,
+    suggester: Searcher | None,
+    *,
+    number: int,
     at_once: int,
     logs: Path,
     memory: Memory,
@@ -47,15 +52,18 @@ def run_trials(
 ) -> None:
     """Run all trials on the Ray that is there, `at_once` side by side; what happens to them goes to `memory` as it does.
 
-    Of those in memory.kept the scheduler hears what they came to, and nothing is run. ended: called with each that ends.
-    logs: absolute folder for Tune's own files.
+    suggester: says what the trials are, `number` in all, and adds them to `trials`; None: they are planned. Of those in
+    memory.kept the scheduler hears what they came to, and nothing is run. ended: called with each that ends. logs: absolute
+    folder for Tune's own files.
     """
     os.environ |= SETTINGS
-    by_name = {trial.name: trial for trial in trials}
+    planned = [{"name": trial.name, "overrides": trial.overrides} for trial in trials]
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(Driver, trials=by_name, kept=frozenset(memory.kept)), driver_resources(at_once)),
-        param_space={"name": tune.grid_search(list(by_name))},
+        tune.with_resources(tune.with_parameters(Driver, base=base, kept=frozenset(memory.kept)), driver_resources(at_once)),
+        param_space={"trial": tune.grid_search(planned)} if suggester is None else None,
         tune_config=tune.TuneConfig(
+            search_alg=suggester,
+            num_samples=1 if suggester is None else number,
             scheduler=scheduler,
             max_concurrent_trials=at_once,
             trial_name_creator=_name_of,
@@ -67,7 +75,7 @@ def run_trials(
             verbose=0,
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a run keeps its own
             # Tune warns of every trial that leaves it no result.json.
-            callbacks=[_Watcher(memory, lambda name: ended(by_name[name])), JsonLoggerCallback()],
+            callbacks=[_Watcher(memory, lambda name: ended(_named(trials, name))), JsonLoggerCallback()],
         ),
     )
     tuner.fit()
@@ -108,9 +116,9 @@ class Driver(tune.Trainable):  # type: ignore[misc]  # Ray is untyped
     #54305), and with it the cores that the next trial waits for.
     """
 
-    def setup(self, config: dict[str, Any], trials: Mapping[str, Trial], kept: frozenset[str]) -> None:
-        """Called by Tune: config names one of `trials`. Of one that goes on, or is `kept`, the earlier validations count too."""
-        self._trial = trials[config["name"]]
+    def setup(self, config: dict[str, Any], base: Config, kept: frozenset[str]) -> None:
+        """Called by Tune: config holds a trial of `base`. Of one that goes on, or is `kept`, earlier validations count too."""
+        self._trial = Trial.of(base, **config["trial"])
         self._folder = RunFolder(self._trial.folder)
         self._step = 0
         self._validations: deque[dict[str, Any]] = deque()
@@ -163,7 +171,11 @@ class Driver(tune.Trainable):  # type: ignore[misc]  # Ray is untyped
 
 
 def _name_of(trial: Any) -> str:
-    return str(trial.config["name"])
+    return str(trial.config["trial"]["name"])
+
+
+def _named(trials: Sequence[Trial], name: str) -> Trial:
+    return next(trial for trial in trials if trial.name == name)
 
 
 class _Watcher(tune.Callback):  # type: ignore[misc]  # Ray is untyped

@@ -15,6 +15,7 @@ from distcond.config.choices import (
     ModelName,
     Precision,
     Schedule,
+    Search,
     Storage,
     TrackingMode,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "Precision",
     "RunConfig",
     "Schedule",
+    "Search",
     "Storage",
     "SweepConfig",
     "TrackingConfig",

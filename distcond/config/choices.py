@@ -72,6 +72,13 @@ TEXTS = frozenset({DataName.stdlib, DataName.text, DataName.hub, DataName.mixtur
 "Text; the others are generated."
 
 
+class Search(StrEnum):
+    """Who decides what a sweep tries."""
+
+    random = "random"
+    optuna = "optuna"
+
+
 class Precision(StrEnum):
     """Arithmetic of the dense part; node tables, gates and halting sums are always fp32."""
 

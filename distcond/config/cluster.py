@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distcond.config.check import need
-from distcond.config.choices import ClusterName, Kernels
+from distcond.config.choices import ClusterName, Kernels, Search
 
 MOST_WORKERS = 2**16
 
@@ -78,8 +78,11 @@ class SweepConfig:
     "Name of the sweep's folder under run.dir; empty: made from the time."
     space: dict[str, Any] = field(default_factory=dict)
     "Dotted key -> list (grid), {min, max, scale: linear|log} (range) or {choice: list} (one of them a sample)."
+    search: Search = Search.random
+    """random: all combinations of the lists, with samples of ranges and choices. optuna: one value of every key a trial, by
+    what came of those before."""
     num_samples: int = 1
-    "Samples of the ranges and choices, each crossed with the whole grid; >= 1."
+    "random: samples of the ranges and choices, each crossed with the whole grid. optuna: trials. >= 1."
     asha_grace: float = 0.25
     "Share of train.max_steps that every trial gets before ASHA may stop it; in (0, 1]."
     asha_reduction: int = 2

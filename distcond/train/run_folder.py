@@ -59,6 +59,14 @@ class RunFolder:
             lock.flush()
             yield
 
+    def is_held(self) -> bool:
+        """Whether a command is writing to the folder."""
+        try:
+            with self.locked():
+                return False
+        except RunError:
+            return True
+
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Mark this process as a rank that writes into the folder; the mark dies with the process."""

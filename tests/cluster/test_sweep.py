@@ -87,6 +87,13 @@ def test_a_trial_that_cannot_run_is_refused_before_anything_starts(space: dict[s
     assert list(tmp_path.iterdir()) == []
 
 
+def test_optuna_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    config = name_sweep(changed(tiny(), sweep__search="optuna", sweep__space={"optim.lr": {"min": 0.1, "max": 0.2}}))
+    with pytest.raises(ConfigError, match=r"sweep.search=optuna needs the package optuna, .* pip install 'distcond\[optuna\]'"):
+        plan(config)
+
+
 def test_a_trial_may_need_all_of_its_overrides_to_be_valid() -> None:
     space = {"model.tree.depth": [4], "model.tree.full_depth": [3]}
     assert len(plan(name_sweep(changed(tiny(), sweep__space=space)))) == 1
