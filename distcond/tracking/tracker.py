@@ -30,7 +30,7 @@ class Tracker:
 
         mode: auto, offline, online or disabled (no wandb at all); with auto, WANDB_MODE decides where it is set.
         """
-        self._metrics, self._samples = _Rows(folder / METRICS, resume_step), _Rows(folder / SAMPLES, resume_step)
+        self._metrics, self._samples = _Rows(folder, METRICS, resume_step), _Rows(folder, SAMPLES, resume_step)
         self._metrics.file.touch()
         self._mirror: _Mirror | None = None
         if mode == "auto":
@@ -73,10 +73,10 @@ def what_of(folder: Path, run: WandbRun) -> dict[str, Any]:
 class _Rows:
     """A file of JSON lines that only grows, save that a resumed run takes back what it will repeat."""
 
-    def __init__(self, file: Path, resume_step: int) -> None:
-        self.file, self._unwritten = file, ""
-        if file.exists():
-            _cut_back(file, resume_step)
+    def __init__(self, folder: Path, name: Path, resume_step: int) -> None:
+        self.file, self._folder, self._unwritten = folder / name, folder, ""
+        if self.file.exists():
+            _cut_back(self.file, resume_step)
 
     def append(self, row: Mapping[str, Any]) -> None:
         self._unwritten += json.dumps(row, allow_nan=False) + "\n"
@@ -87,7 +87,8 @@ class _Rows:
             return
         size = None
         try:
-            self.file.parent.mkdir(exist_ok=True)
+            if self.file.parent != self._folder:  # NOTE: the run's folder is not to be made where its disk is gone
+                self.file.parent.mkdir(exist_ok=True)
             with self.file.open("a", encoding="utf-8") as file:
                 size = file.tell()
                 file.write(self._unwritten)
