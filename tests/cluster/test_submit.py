@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import signal
@@ -5,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -163,6 +165,65 @@ def test_a_job_runs_in_its_package_and_its_log_arrives_once_and_whole(cluster: C
     written = done.stdout.splitlines()
     assert written[-20003:-1] == ["hello", "yes", *map(str, range(20000))]
     assert written[-1].endswith(": succeeded")
+
+
+class Proxy:
+    """Passes connections on to a port of this machine, and can cut them all."""
+
+    def __init__(self, port: int) -> None:
+        self._to = ("127.0.0.1", port)
+        self._open: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                ends = self._listener.accept()[0], socket.create_connection(self._to)
+                self._open += ends
+                for source, target in (ends, ends[::-1]):
+                    threading.Thread(target=self._pump, args=(source, target), daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(2**16):
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> int:
+        """Cut what is connected now; returns how many connections that are."""
+        cut = 0
+        while self._open:
+            with contextlib.suppress(OSError), self._open.pop() as end:
+                end.shutdown(socket.SHUT_RDWR)
+                cut += 1
+        return cut
+
+    def close(self) -> None:
+        """Take no more connections, and cut those that are open."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+
+
+@pytest.mark.ray
+def test_a_log_whose_connection_is_cut_arrives_once_and_whole(cluster: Cluster, tmp_path: Path) -> None:
+    proxy = Proxy(int(cluster.address.rpartition(":")[2]))
+    job = "for i in $(seq 60); do echo line $i; sleep 0.1; done"
+    lines = []
+    with contextlib.closing(proxy), cluster.start("-c", SEND, proxy.address, job, _package(tmp_path)) as following:
+        assert following.stdout is not None and following.stderr is not None
+        for line in following.stdout:
+            lines.append(line)
+            if line in {"line 10\n", "line 30\n", "line 40\n"}:
+                assert proxy.cut() > 0
+        assert following.wait(30) == 0
+        assert following.stderr.read() == ""
+    assert [line for line in lines if line.startswith("line ")] == [f"line {number}\n" for number in range(1, 61)]
 
 
 @pytest.mark.ray
