@@ -53,6 +53,7 @@ def test_script_leaves_out_what_the_config_leaves_out(tmp_path: Path) -> None:
     [
         (ClusterConfig(time_limit="4 hours"), "/runs/a", "cluster.time_limit='4 hours' is not a time"),
         (ClusterConfig(partition="a\n#SBATCH --account=b"), "/runs/a", "cluster.partition is"),
+        (ClusterConfig(cpus_per_worker=0.5), "/runs/a", "cluster.cpus_per_worker=0.5: two ranks would share a node"),
         (ClusterConfig(), "/my runs/a", "the run folder is '/my runs/a'"),
         (ClusterConfig(), "/runs/%j", "the run folder is '/runs/%j'"),
     ],
@@ -65,7 +66,7 @@ def test_values_that_slurm_cannot_take_are_refused(cluster: ClusterConfig, folde
 def test_a_finished_run_is_success(job: "FakeJob") -> None:
     assert job.start('touch "$RESULT"').wait(20) == 0
     called = job.calls()
-    assert called[0].startswith("ray symmetric-run --address node7:6379 --min-nodes 2 --num-cpus=2 --num-gpus=0")
+    assert called[0].startswith("ray symmetric-run --address node7:6379 --min-nodes 2 --num-cpus=1 --num-gpus=0")
     assert called[0].endswith(f"-- env RAY_ADDRESS=node7:6379 python -u -m distcond train --config {job.folder}/submit.yaml")
     assert called[1:] == ["token 64"]
 

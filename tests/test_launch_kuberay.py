@@ -113,7 +113,9 @@ def test_pods_have_room_for_what_the_run_asks(cluster: ClusterConfig) -> None:
     asked = pods(job)[1]["containers"][0]["resources"]
     assert asked["requests"] == asked["limits"]
     assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == cluster.num_workers
-    assert int(asked["limits"]["cpu"]) == int(group["rayStartParams"]["num-cpus"]) >= cluster.cpus_per_worker + 1 / 2
+    told = int(group["rayStartParams"]["num-cpus"])
+    assert cluster.cpus_per_worker <= told < 2 * cluster.cpus_per_worker  # room for one rank and no second
+    assert int(asked["limits"]["cpu"]) == told + 1
     assert int(asked["limits"].get("nvidia.com/gpu", 0)) == cluster.gpus_per_worker
     assert int(asked["limits"]["memory"].removesuffix("Gi")) >= cluster.memory_gib_per_worker + kuberay.SHM_GIB
     assert job["spec"]["activeDeadlineSeconds"] == 4 * 3600

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from distcond.cluster.templates import render_template, seconds
+from distcond.cluster.templates import cores_of_a_node, render_template, seconds
 from distcond.compose import to_yaml
 from distcond.config import Config
 from distcond.errors import ClusterError, ConfigError
@@ -45,6 +45,7 @@ def render(what: str, config: Config, folder: Path, environment: Mapping[str, st
         value = getattr(cluster, key)
         if value and not LABEL.fullmatch(value):
             raise ConfigError(f"cluster.{key}={value!r} is no name that Kubernetes takes; use a-z, 0-9 and -.")
+    ray_cpus, cpus = cores_of_a_node(cluster)
     return render_template(
         TEMPLATE,
         what=what,
@@ -63,8 +64,9 @@ def render(what: str, config: Config, folder: Path, environment: Mapping[str, st
         deadline_s=seconds(cluster.time_limit),
         ray_version=ray.__version__,
         num_workers=cluster.num_workers,
-        # NOTE: every rank has a pod to itself; one core beside the rank is for its data actor and Ray.
-        cpus_per_worker=math.ceil(cluster.cpus_per_worker) + 1,
+        # NOTE: every rank has a pod to itself.
+        ray_cpus=ray_cpus,
+        cpus_per_worker=cpus,
         gpus_per_worker=math.ceil(cluster.gpus_per_worker),
         memory_gib=math.ceil(cluster.memory_gib_per_worker) + SHM_GIB,
         head_memory_gib=HEAD_MEMORY_GIB,

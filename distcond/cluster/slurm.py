@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from distcond.cluster.templates import render_template, seconds
+from distcond.cluster.templates import cores_of_a_node, render_template, seconds
 from distcond.config import Config
 from distcond.errors import ClusterError, ConfigError
 
@@ -31,6 +31,7 @@ def render(what: str, config: Config, folder: Path) -> str:
     """
     cluster = config.cluster
     seconds(cluster.time_limit)
+    ray_cpus, cpus = cores_of_a_node(cluster)
     working_dir = Path.cwd()
     for key, value in {
         "the run folder": str(folder),
@@ -53,7 +54,8 @@ def render(what: str, config: Config, folder: Path) -> str:
         grace_s=GRACE_S,
         # NOTE: every rank has a node to itself.
         num_nodes=cluster.num_workers,
-        cpus_per_node=math.ceil(cluster.cpus_per_worker) + 1,  # one core beside the rank, for its data actor and Ray
+        ray_cpus=ray_cpus,
+        cpus_per_node=cpus,
         gpus_per_node=math.ceil(cluster.gpus_per_worker),
     )
 

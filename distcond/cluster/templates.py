@@ -1,12 +1,14 @@
 """Templates of `launch/`: values are quoted by filters, a name that is missing is an error."""
 
 import json
+import math
 import re
 import shlex
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from distcond.config import ClusterConfig
 from distcond.errors import ConfigError
 from distcond.resources import resource_dir
 
@@ -35,3 +37,15 @@ def seconds(time_limit: str) -> int:
         raise ConfigError(f"cluster.time_limit={time_limit!r} is not a time; use HH:MM:SS or D-HH:MM:SS.")
     days, hours, minutes, rest = (int(part or 0) for part in found.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def cores_of_a_node(cluster: ClusterConfig) -> tuple[int, int]:
+    """Cores of a node that one rank has to itself, as Ray is told, and as are asked for: one beside it, for data and Ray.
+
+    NOTE: told of that core too, Ray would put two ranks of one core on one node, with the memory of one.
+    Raises ConfigError where two ranks fit into one core.
+    """
+    cpus = cluster.cpus_per_worker
+    if cpus <= 0.5:
+        raise ConfigError(f"cluster.cpus_per_worker={cpus:g}: two ranks would share a node; use more than 0.5, e.g. 1.")
+    return math.ceil(cpus), math.ceil(cpus) + 1
