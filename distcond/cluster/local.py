@@ -113,8 +113,7 @@ def _connected(cluster: ClusterConfig) -> Iterator[Room]:
     with _on_loopback() if address.startswith(LOOPBACK) else contextlib.nullcontext():
         ray.init(address=address, log_to_driver=False)
     try:
-        total = ray.cluster_resources()
-        room = Room(total.get("CPU", 0), total.get("GPU", 0), f"the cluster at {given}")
+        room = Room.of(ray.cluster_resources(), f"the cluster at {given}")
         check_room(ask_of(cluster), room)
         yield room
     finally:
@@ -128,10 +127,14 @@ def _find(given: str) -> str:
     try:
         address: str = canonicalize_bootstrap_address(given) or ""
         host, _, port = address.rpartition(":")
-        # NOTE: for loopback Ray takes the machine's address, at which one that we have started does not listen.
-        if not _answers(host.strip("[]"), int(port)) and given.startswith((LOOPBACK, "localhost")):
-            host, address = LOOPBACK, f"{LOOPBACK}:{port}"
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+        try:
+            _knock(host, port)
+        except OSError:
+            # NOTE: for loopback Ray takes the machine's address, at which one that we have started does not listen.
+            if not given.startswith((LOOPBACK, "localhost")):
+                raise
+            address = f"{LOOPBACK}:{port}"
+            _knock(LOOPBACK, port)
     except (OSError, ValueError) as error:
         raise ClusterError(
             f"no Ray cluster answers at {given} ({str(error).rstrip('.')}); start one, or leave cluster.address and "
@@ -140,12 +143,9 @@ def _find(given: str) -> str:
     return address
 
 
-def _answers(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host, port), CONNECT_TIMEOUT_S).close()
-    except OSError:
-        return False
-    return True
+def _knock(host: str, port: str) -> None:
+    """Raise OSError, or ValueError for what is no port, where nobody listens."""
+    socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
 
 
 def _check_token(address: str, given: str) -> None:

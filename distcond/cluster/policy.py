@@ -35,6 +35,11 @@ class Room:
     gpus: float
     place: str = "this machine"
 
+    @classmethod
+    def of(cls, resources: Mapping[str, float], place: str) -> "Room":
+        """That of a cluster, by what Ray says of it."""
+        return cls(resources.get("CPU", 0), resources.get("GPU", 0), place)
+
 
 @dataclass(frozen=True, slots=True)
 class Ask:

@@ -173,8 +173,7 @@ class _Restarts(FailurePolicy):  # type: ignore[misc]  # Ray is untyped
 
 def _lost_room(job: Job) -> str:
     """A line for the user where the nodes that are left have too little for the workers."""
-    total = ray.cluster_resources()
-    return waiting_line(job.ask, Room(total.get("CPU", 0), total.get("GPU", 0), "the cluster"))
+    return waiting_line(job.ask, Room.of(ray.cluster_resources(), "the cluster"))
 
 
 def _is_start_timeout(error: TrainingFailedError) -> bool:

@@ -53,11 +53,11 @@ def samples_of(learner: Learner, seen: Answer, number: int) -> list[dict[str, An
     Of bytes these are texts, what is none in UTF-8 replaced; of vectors lists [T][features] and [T][targets]; of tokens
     ids [T][1].
     """
-    if seen.output is None:
+    if seen.output is None or not number:
         return []
     (inputs, targets, lengths), (logits, stats) = seen.given, seen.output
     steps_BT = stats.steps.view(inputs.shape[:2])
-    classes = logits.view(*logits.shape[:2], -1, learner.num_classes)
+    classes = logits[:number].unflatten(2, (-1, learner.num_classes))
     predicted = classes[..., 0] > 0 if learner.num_classes == 1 else classes.argmax(-1)
     samples = []
     for index in range(min(number, len(inputs))):
