@@ -1,6 +1,5 @@
 """`distcond evaluate RUN`: a checkpoint measured in this process, without Ray or DeepSpeed."""
 
-import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,26 +11,20 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from distcond.bench.timing import time_in_turn
-from distcond.compose import load_config
 from distcond.config import Config, HaltingKind
 from distcond.data.batch import Batch
 from distcond.data.batches import LocalFeeder, num_validation_batches
 from distcond.data.generated import GeneratedTask
 from distcond.data.places import PLACES, places_of
 from distcond.data.tasks import Task, TextTask, bytes_per_token
-from distcond.errors import ConfigError, RunError
 from distcond.nn.halting import PonderStats
 from distcond.nn.model import SUMS, Learner
-from distcond.ops import kernels, use_kernels
-from distcond.train.checkpoint import newest_checkpoint, read_dense, read_state, verified
+from distcond.opened import open_run
+from distcond.ops import kernels
 from distcond.train.fits import cost_of
-from distcond.train.learner import learner_for
 from distcond.train.metrics import ponder, quality
-from distcond.train.run_folder import RunFolder, write_json
+from distcond.train.run_folder import write_json
 from distcond.train.state import tensors
-from distcond.train.table_files import load_tables
-
-log = logging.getLogger(__name__)
 
 LATENCY_REPEATS = 20
 "Single examples timed, after one that warms up."
@@ -45,18 +38,12 @@ def evaluate(run: Path, step: int | None = None) -> dict[str, Any]:
 
     step: which checkpoint; None: the newest. Raises RunError where there is no run or no such checkpoint.
     """
-    folder = RunFolder(run)
-    if not folder.config_file.exists():
-        raise RunError(f"{run} is not a run folder (no config.yaml); give the folder of a run, e.g. runs/NAME.")
-    config = load_config(folder.config_file)
-    checkpoint = _checkpoint(folder, step)
-    feeder = LocalFeeder(config, rank=0, world_size=1)
-    _choose_kernels(config)
-    learner = load_learner(checkpoint, config, feeder)
+    opened = open_run(run, step)
+    folder, config, feeder, learner = opened.folder, opened.config, opened.feeder, opened.learner
     sums, by_group = _validate(learner, config, feeder)
     steps = ponder(sums, "val/ponder")
     result = {
-        "step": read_state(checkpoint)["step"],
+        "step": opened.step,
         **quality(sums, is_text=learner.is_text, prefix="val", bytes_per_token=bytes_per_token(feeder.task, "validation")),
         **steps,
         "macs_per_position": cost_of(config).macs(steps["val/ponder/steps"]),
@@ -67,41 +54,6 @@ def evaluate(run: Path, step: int | None = None) -> dict[str, Any]:
     (folder.path / "eval").mkdir(exist_ok=True)
     write_json(folder.path / "eval" / f"step_{result['step']:08d}.json", result)
     return result
-
-
-def _choose_kernels(config: Config) -> None:
-    """Those of the run, or torch's where this machine cannot compile them: figures are the same then, latency is not."""
-    try:
-        use_kernels(config.cluster.kernels.value)
-    except ConfigError:
-        use_kernels("torch")
-
-
-def load_learner(checkpoint: Path, config: Config, feeder: LocalFeeder) -> Learner:
-    """The model of a checkpoint, whole, in evaluation mode."""
-    task = feeder.task
-    learner = learner_for(config, task)
-    dense = read_dense(checkpoint, learner)
-    with torch.no_grad():
-        for name, parameter in learner.named_parameters():
-            parameter.copy_(dense[f"{name}/weight"])
-    load_tables(checkpoint, learner)
-    return learner.eval()
-
-
-def _checkpoint(folder: RunFolder, step: int | None) -> Path:
-    if step is not None:
-        chosen = folder.checkpoints / f"step_{step:08d}"
-        if chosen.is_dir():
-            return verified(chosen)
-        held = ", ".join(str(int(path.name[5:])) for path in sorted(folder.checkpoints.glob("step_*"))) or "none"
-        raise RunError(f"{folder.path} has no checkpoint of step {step}; it has: {held}.")
-    newest, damaged = newest_checkpoint(folder.checkpoints)
-    for reason in damaged.values():
-        log.warning("%s; measuring %s, the newest that is intact.", str(reason).rpartition(";")[0], newest and newest.name)
-    if newest is None:
-        raise RunError(f"{folder.path} has no checkpoint yet; train it first: distcond train run.name={folder.path.name}")
-    return newest
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from distcond.config import Config
 from distcond.errors import RunError
 from distcond.ops import kernels, native
 from distcond.train.fits import cost_of
+from distcond.train.run_folder import RunFolder
 from tests.helpers import changed, run_ranks, small_config, train_here
 
 
@@ -80,8 +81,15 @@ def test_missing_step_is_refused_with_those_there_are(text_run: Config) -> None:
 
 
 def test_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"is not a run folder \(no config\.yaml\)"):
+    with pytest.raises(RunError, match=r"is not a run folder, for it has no config.yaml"):
         evaluate(tmp_path)
+
+
+def test_a_run_that_goes_on_is_refused_unless_a_checkpoint_is_chosen(text_run: Config) -> None:
+    with RunFolder(path_of(text_run)).locked():
+        with pytest.raises(RunError, match=r"is still being written; .* or choose a checkpoint of it by --step N\.$"):
+            evaluate(path_of(text_run))
+        assert evaluate(path_of(text_run), step=6)["step"] == 6
 
 
 def test_run_without_a_checkpoint_is_refused(text_run: Config, tmp_path: Path) -> None:

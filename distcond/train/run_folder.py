@@ -60,11 +60,14 @@ class RunFolder:
             yield
 
     def is_held(self) -> bool:
-        """Whether a command is writing to the folder."""
+        """Whether a command is writing to the folder; asking changes nothing in it."""
         try:
-            with self.locked():
+            with self.lock_file.open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return False
-        except RunError:
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
             return True
 
     @contextlib.contextmanager

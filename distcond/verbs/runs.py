@@ -1,0 +1,51 @@
+"""The verbs that read the folders of runs: evaluate, sync."""
+
+from pathlib import Path
+from typing import Any
+
+from distcond.config import RunConfig
+from distcond.errors import ConfigError, RunError
+from distcond.verbs.parser import Parser, configure_logging
+
+
+def evaluate(argv: list[str]) -> int:
+    """`distcond evaluate`."""
+    parser = Parser(prog="distcond evaluate", description="Measure a run: quality, steps, cost.", allow_abbrev=False)
+    parser.add_argument("run", type=Path, metavar="RUN", help="its folder, e.g. runs/first")
+    parser.add_argument("--step", type=int, help="a checkpoint other than the latest")
+    args = parser.parse_args(argv)
+    configure_logging()
+    _check_is_run(args.run)
+    from distcond.evaluate import evaluate
+
+    _print_table(evaluate(args.run, args.step))
+    return 0
+
+
+def sync(argv: list[str]) -> int:
+    """`distcond sync`."""
+    parser = Parser(prog="distcond sync", description="Send to wandb what has not been sent, once.", allow_abbrev=False)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders; none: every run in run.dir (run.dir=FOLDER: in FOLDER)")
+    args = parser.parse_args(argv)
+    folders = [word.removeprefix("run.dir=") for word in args.runs if word.startswith("run.dir=")]
+    runs = [Path(word) for word in args.runs if not word.startswith("run.dir=")]
+    if len(folders) > 1 or (folders and runs):
+        raise ConfigError(f"sync was given {' '.join(args.runs)}; needed is either folders of runs, or one run.dir=FOLDER.")
+    configure_logging()
+    from distcond.sync import sync
+
+    for line in sync(runs, Path(folders[0] if folders else RunConfig().dir).expanduser()):
+        print(line, flush=True)
+    return 0
+
+
+def _check_is_run(run: Path) -> None:
+    """Refuse what is no run before torch is imported."""
+    if not (run / "config.yaml").is_file():
+        raise RunError(f"{run} is not a run folder, for it has no config.yaml; give one such as runs/first.")
+
+
+def _print_table(metrics: dict[str, Any]) -> None:
+    width = max(map(len, metrics), default=0)
+    for name, value in metrics.items():
+        print(f"{name:<{width}}  {f'{value:.6g}' if isinstance(value, float) else value}")
