@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from distcond.compose import save_config
 from distcond.config import Config
 from distcond.data.batches import LocalFeeder
-from distcond.evaluate import load_learner
 from distcond.nn.halting import PonderStats
 from distcond.nn.model import Learner
+from distcond.opened import open_run
 from distcond.train.samples import first_answer, samples_of
 from tests.helpers import small_config, train_run
 
@@ -85,7 +86,8 @@ def test_each_validation_keeps_the_first_examples_and_a_resumed_run_each_once(tm
     kept = samples_in(config)
     assert [line["step"] for line in kept] == [2, 4] and [len(line["samples"]) for line in kept] == [3, 3]
     feeder = LocalFeeder(config, rank=0, world_size=1)
-    learner = load_learner(tmp_path / "run" / "checkpoints" / "step_00000004", config, feeder)
+    save_config(config, tmp_path / "run" / "config.yaml")
+    learner = open_run(tmp_path / "run", step=4).learner
     batch = feeder.validation(0)
     with first_answer(learner) as seen, torch.no_grad():
         learner(*(torch.from_numpy(part) for part in (batch.inputs, batch.targets, batch.lengths)))
