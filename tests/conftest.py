@@ -16,7 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when `datasets` is imported; asking a
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup; the commands under test would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-ON_DEMAND = ("slow", "gpu", "hosts")
+ON_DEMAND = ("thorough", "slow", "gpu", "hosts")
 "Marks of tests that run only where `-m` names the mark; `-m 'not ray'` leaves them out too."
 
 STARTING_RANKS = ("tests/train/", "tests/golden/", "tests/test_evaluate.py", "tests/test_bench.py", "tests/optim/test_growth.py")

@@ -113,6 +113,7 @@ def test_the_command_prints_a_table_and_writes_the_same_rows(
     assert written["bench"] == what and written["machine"]["torch"] == torch.__version__ and written["machine"]["processor"]
 
 
+@pytest.mark.thorough
 def test_a_training_step_is_timed_beside_a_plain_loop() -> None:
     (rows,) = run_ranks(train_rows, 0)
     assert rows[0]["ms"] > 0 and rows[0]["ratio"] == pytest.approx(rows[0]["ms"] / rows[0]["plain ms"])

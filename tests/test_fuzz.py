@@ -1,6 +1,7 @@
 """Random and mutated configurations through the real command line: a valid run, or exit status 2 and one line; no hang.
 
-`pytest -m slow tests/test_fuzz.py` runs all of NUM_CASES, the default run every 60th and all DOCUMENTS.
+`pytest -m slow tests/test_fuzz.py` runs all of NUM_CASES, the README's test line every 120th and all DOCUMENTS, `-m thorough`
+as many others.
 """
 
 import re
@@ -24,8 +25,8 @@ pytestmark = pytest.mark.faults
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 10
 "Processor time of one case; most take 0.1 s, the first one 2 s of imports."
-QUICK = 60
-"The default run takes every case whose number this divides."
+QUICK = 120
+"The test line takes every case whose number this divides."
 
 
 class Hang(BaseException):
@@ -105,6 +106,13 @@ def test_a_configuration_is_run_or_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_all(range(0, NUM_CASES, QUICK), tmp_path, capsys, monkeypatch)
+
+
+@pytest.mark.thorough
+def test_another_configuration_is_run_or_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_all(range(QUICK // 2, NUM_CASES, QUICK), tmp_path, capsys, monkeypatch)
 
 
 @pytest.mark.slow

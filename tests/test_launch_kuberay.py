@@ -92,6 +92,7 @@ def test_kubernetes_takes_what_is_sent(what: str, cluster: ClusterConfig) -> Non
     assert job["metadata"] == config_map["metadata"] == {"name": "a-run-1", "namespace": cluster.namespace}
 
 
+@pytest.mark.thorough
 def test_the_job_runs_the_configuration_that_was_composed(tmp_path: Path) -> None:
     config_map, job = rendered(GPU)
     command, flag, file = job["spec"]["entrypoint"].rpartition(" --config ")
@@ -148,6 +149,7 @@ def test_image_and_ray_are_those_of_the_project() -> None:
     assert job["spec"]["rayClusterSpec"]["rayVersion"] == ray.__version__
 
 
+@pytest.mark.thorough
 def test_a_head_that_has_to_go_has_the_run_saved_first(tmp_path: Path) -> None:
     folder = tmp_path / "it's a run"
     folder.mkdir()

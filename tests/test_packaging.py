@@ -44,6 +44,7 @@ def installed(wheel: Path) -> Path:
 
 
 @pytest.mark.parametrize("resource", ["conf", "launch"])
+@pytest.mark.thorough
 def test_the_wheel_holds_every_resource(wheel: Path, resource: str) -> None:
     files = [file for file in (ROOT / resource).rglob("*") if file.is_file() and "__pycache__" not in file.parts]
     assert files
@@ -55,12 +56,14 @@ def default() -> dict[str, Any]:
     return to_dict(compose([]))
 
 
+@pytest.mark.thorough
 def test_the_installed_command_composes_from_any_folder(installed: Path, default: dict[str, Any], tmp_path: Path) -> None:
     shown = run(installed / "bin" / "distcond", "train", "--cfg", "job", cwd=tmp_path, PYTHONPATH=str(installed))
     assert yaml.safe_load(shown) == default
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.thorough
 def test_the_installed_package_composes_inside_the_checkout(installed: Path, default: dict[str, Any]) -> None:
     where = "import distcond.resources as r, distcond.compose as c; c.compose([]); print(r.resource_dir('conf'))"
     assert run(sys.executable, "-P", "-c", where, cwd=ROOT, PYTHONPATH=str(installed)).strip() == str(
@@ -89,6 +92,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.ray
+@pytest.mark.thorough
 def test_a_task_and_a_model_of_another_package_are_trained_and_measured(environment: Path, tmp_path: Path) -> None:
     for group, text in (("data", "name: majority\noptions: {bits: 9}\n"), ("model", "name: residual\nwidth: 8\n")):
         (tmp_path / "my" / group).mkdir(parents=True)

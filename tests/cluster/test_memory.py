@@ -77,6 +77,7 @@ def train_with_little_memory(config: Config, spare_bytes: int) -> str:
     return "trained"
 
 
+@pytest.mark.thorough
 def test_a_step_that_memory_cannot_hold_says_where(tmp_path: Path) -> None:
     """The address space of a rank is limited to 500 MB more than it has; a step on 400,000 examples needs some GB."""
     config = small_config(tmp_path, cluster__num_workers=1, data__global_batch_size=400_000)

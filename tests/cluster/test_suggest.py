@@ -76,6 +76,7 @@ def test_suggestions_are_runs_of_the_space_and_learn_from_what_came_before(tmp_p
     assert sum(distances[30:]) / 10 < 0.5 * sum(distances[:10]) / 10
 
 
+@pytest.mark.thorough
 def test_the_same_seed_and_figures_give_the_same_trials(tmp_path: Path) -> None:
     one, two = (search(suggester(sweep_of(tmp_path), 15, [], []), distance, 15) for _ in range(2))
     assert one == two
@@ -91,6 +92,7 @@ def test_trials_that_fail_or_diverge_are_no_good_figures(tmp_path: Path) -> None
     assert states == [("FAIL", None), ("FAIL", None), ("COMPLETE", 0.25)]
 
 
+@pytest.mark.thorough
 def test_what_cannot_run_is_passed_over(tmp_path: Path) -> None:
     space = {"model.tree.depth": {"min": 0, "max": 4}, "model.tree.num_trees": [1, 3]}  # 3 does not divide the width
     config, made = sweep_of(tmp_path, sweep__space=space), list[Trial]()
@@ -100,6 +102,7 @@ def test_what_cannot_run_is_passed_over(tmp_path: Path) -> None:
         suggester(sweep_of(tmp_path, sweep__space={"model.tree.num_trees": [3, 5]}), 1, [], []).suggest("a")
 
 
+@pytest.mark.thorough
 def test_an_interrupted_search_goes_on_with_its_own_trials_and_what_it_has_learnt(tmp_path: Path) -> None:
     config, made = sweep_of(tmp_path), list[Trial]()
     search(suggester(config, 30, [], made), distance, 12)

@@ -224,6 +224,7 @@ def test_table_and_file_tell_the_same_front(tmp_path: Path) -> None:
     assert "failed: a worker died (logs: /runs/s/failed/logs)" in shown
 
 
+@pytest.mark.thorough
 def test_the_picture_shows_what_was_judged(tmp_path: Path) -> None:
     from matplotlib.image import imread
 
@@ -238,6 +239,7 @@ def test_the_picture_shows_what_was_judged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sweep", ["depth_x_penalty", "depth_x_target_steps"])
+@pytest.mark.thorough
 def test_the_winner_can_be_trained_for_longer_by_one_line(tmp_path: Path, sweep: str) -> None:
     config = compose([f"sweep={sweep}", f"run.dir='{tmp_path}/a b'", "sweep.name=s", "optim=adam", "data.context=64"])
     trials = plan(name_sweep(config))
@@ -298,6 +300,7 @@ def test_a_bad_space_is_one_line_and_no_ray(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.thorough
 def test_a_killed_sweep_goes_on_and_trials_finish_stop_early_or_fail_and_leave_room(shared_ray: Room, tmp_path: Path) -> None:
     # One bit of parity is learnt at once or, without a learning rate, never. A folder that holds another run fails.
     save_config(compose(["seed=5"]), _folder(tmp_path / "s" / "003-lr=0.01") / "config.yaml")

@@ -138,6 +138,7 @@ def test_a_mistake_found_by_a_worker_arrives_as_it_was(shared_ray: Any, tmp_path
 
 
 @pytest.mark.ray
+@pytest.mark.thorough
 def test_any_other_failure_names_its_rank_and_log_and_is_tried_twice(shared_ray: Any, tmp_path: Path) -> None:
     config = crowded(small_config(tmp_path))
     path = prepare_run(config)
@@ -199,6 +200,7 @@ def terminate(command: Command) -> None:
 
 @pytest.mark.ray
 @pytest.mark.parametrize("moment", ["Ray", "2 workers"])
+@pytest.mark.thorough
 def test_a_sigterm_while_starting_ends_within_10_s(moment: str, tmp_path: Path) -> None:
     command = Command(tmp_path, *words(tmp_path))
     wait_until(lambda: command.says(f"waiting for {moment}"))

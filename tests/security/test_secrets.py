@@ -122,6 +122,7 @@ def test_a_failure_and_its_traceback_hide_secrets(
 
 
 @pytest.mark.parametrize("mode", ["offline", "auto"])
+@pytest.mark.thorough
 def test_the_mirror_keeps_no_secret(mode: str, tmp_path: Path) -> None:
     """auto: a key is there, the server is not."""
     subprocess.run(["git", "init", "-q", "."], check=True)
@@ -139,6 +140,7 @@ def test_the_mirror_keeps_no_secret(mode: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.thorough
 def test_a_run_that_fails_keeps_no_secret(tmp_path: Path) -> None:
     """Its worker is killed, so that it leaves all it can: logs of Ray and of ranks, metrics, wandb's files."""
     words = ["model=rnn", "data=parity", "model.width=8", "data.num_bits=4", "data.global_batch_size=8", "run.name=a"]
