@@ -9,6 +9,7 @@ what was sent before.
 
 import contextlib
 import fcntl
+import html
 import json
 import math
 import os
@@ -29,7 +30,7 @@ ORPHAN_TIMEOUT_S = 5
 "The longest that a mirror outlives the run, in whole seconds."
 GOOD_END = b"end"
 "What the run tells its mirror last, if it can."
-TABLE = "val/samples"
+TABLE, MAP = "val/samples", "val/computation"
 BUSY, NO_KEY = "busy", "no key"
 "What `send` may answer instead of the error."
 
@@ -200,10 +201,34 @@ class _Copy:
 
         try:
             values = [[json.dumps(value) if isinstance(value, list) else value for value in row.values()] for row in samples]
-            self._run.log({TABLE: wandb.Table(columns=list(samples[0]), data=values)}, step=step)
+            media = {TABLE: wandb.Table(columns=list(samples[0]), data=values)}
+            if page := computation_map(samples):
+                media[MAP] = wandb.Html(page, inject=False)
+            self._run.log(media, step=step)
         except Exception as error:  # noqa: BLE001 - whatever wandb makes of its server's answer
             self._skipped_tables = True
             print(f"{TABLE} is not sent any more: {_one_line(error)}", file=sys.stderr)  # noqa: T201
+
+
+def computation_map(samples: list[dict[str, Any]]) -> str:
+    """Bytes coloured by executed steps, underlined by loss, as a page; empty where samples are not of bytes."""
+    texts = [sample for sample in samples if isinstance(sample.get("target"), str) and "loss" in sample]
+    most = max((max(sample["steps"]) for sample in texts), default=1)
+    parts = []
+    for sample in texts:
+        at, spans = 0, []
+        for letter in sample["target"]:
+            steps, loss = sample["steps"][at], sample["loss"][at]  # of its first byte
+            at += len(letter.encode())
+            shown = html.escape("\u21b5\n" if letter == "\n" else letter)
+            share, line = (steps - 1) / max(most - 1, 1), min(loss, 8) / 2
+            style = f"background:rgba(255,140,0,{share:.2f});border-bottom:{line:.1f}px solid #36c"
+            spans.append(f'<span title="{steps} steps, {loss} bits" style="{style}">{shown}</span>')
+            if at >= len(sample["steps"]):  # what is no UTF-8 was replaced by longer letters
+                break
+        parts.append(f"<pre>{''.join(spans)}</pre>")
+    legend = f"<p>Background: executed steps, 1 to {most}. Line below: loss in bits.</p>"
+    return f'<meta charset="utf-8">{legend}{"<hr>".join(parts)}' if parts else ""
 
 
 def _lines(file: BinaryIO) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@
 They are taken from the validation as it goes by, so that they cost no pass of their own.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ def first_answer(learner: Learner) -> Iterator[Answer]:
 def samples_of(learner: Learner, seen: Answer, number: int) -> list[dict[str, Any]]:
     """The first examples of an answer as JSON: input, target, prediction, wrong (elements), steps of each position.
 
+    Of bytes and tokens also loss and entropy of each position, in bits.
+
     Of bytes these are texts, what is none in UTF-8 replaced; of vectors lists [T][features] and [T][targets]; of tokens
     ids [T][1].
     """
@@ -70,8 +73,17 @@ def samples_of(learner: Learner, seen: Answer, number: int) -> list[dict[str, An
         is_bytes = learner.is_text and learner.num_classes == 256
         shown = [_text(part) if is_bytes else _numbers(part.view(length, -1)) for part in texts]
         names = dict(zip(("input", "target", "prediction"), shown, strict=True))
-        samples.append({"example": index, **names, "wrong": wrong, "steps": steps_BT[index, :length].tolist()})
+        figures = _bits(logits[index, :length], targets[index, :length]) if learner.is_text else {}
+        samples.append({"example": index, **names, "wrong": wrong, "steps": steps_BT[index, :length].tolist(), **figures})
     return samples
+
+
+def _bits(logits_TV: Tensor, targets_T: Tensor) -> dict[str, list[float]]:
+    """What the target of each position costs, and what the answer left open: loss and entropy, bits."""
+    log_TV = torch.log_softmax(logits_TV.double(), dim=1) / math.log(2)
+    loss_T = -log_TV.gather(1, targets_T.long()[:, None])[:, 0]
+    entropy_T = -(log_TV.exp2() * log_TV).sum(1)
+    return {name: [round(value, 3) for value in part.tolist()] for name, part in (("loss", loss_T), ("entropy", entropy_T))}
 
 
 def _text(values: Tensor) -> str:

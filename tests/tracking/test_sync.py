@@ -52,6 +52,7 @@ def run_id(folder: Path) -> str:
     return str(json.loads((folder / "wandb" / "sent.json").read_text())["id"])
 
 
+@pytest.mark.thorough
 def test_what_has_not_been_sent_is_sent_once_and_a_run_that_grew_goes_on(
     server: WandbServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,6 +81,7 @@ def test_what_has_not_been_sent_is_sent_once_and_a_run_that_grew_goes_on(
     assert server.rows(name) == sent and list(server.runs) == [name]
 
 
+@pytest.mark.thorough
 def test_every_run_below_a_folder_is_sent_unless_it_does_not_track(
     server: WandbServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +93,7 @@ def test_every_run_below_a_folder_is_sent_unless_it_does_not_track(
     assert sorted(server.runs) == sorted([run_id(one), run_id(two)])
 
 
+@pytest.mark.thorough
 def test_the_last_step_of_a_run_that_trains_has_to_wait(
     server: WandbServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,6 +105,7 @@ def test_the_last_step_of_a_run_that_trains_has_to_wait(
     assert [row["step"] for row in server.rows(run_id(folder))] == [1, 2, 3]
 
 
+@pytest.mark.thorough
 def test_a_run_that_trains_offline_can_be_sent_and_one_that_sends_itself_is_left_alone(
     server: WandbServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +126,7 @@ def test_a_run_that_trains_offline_can_be_sent_and_one_that_sends_itself_is_left
     tracker.close()
 
 
+@pytest.mark.thorough
 def test_a_server_that_never_answers_is_one_line_and_nothing_counts_as_sent(
     server: WandbServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +141,7 @@ def test_a_server_that_never_answers_is_one_line_and_nothing_counts_as_sent(
     assert not (folder / "wandb" / "sent.json").exists()
 
 
+@pytest.mark.thorough
 def test_a_server_that_refuses_rows_is_one_line_and_nothing_counts_as_sent(
     server: WandbServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -221,6 +221,7 @@ def test_an_offline_run_has_every_row(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert run["display_name"] == "name" and run["config"]["update"]["model"] == {"depth": 3}
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_mirrors_its_own_rows_and_a_killed_one_what_it_had(tmp_path: Path) -> None:
     script = f"""
 import os
@@ -240,6 +241,7 @@ os.kill(os.getpid(), {signal.SIGKILL})
 
 
 @pytest.mark.parametrize(("mode", "key"), [("online", ""), ("auto", "too-short")])
+@pytest.mark.thorough
 def test_no_way_online_is_one_warning_and_an_offline_run(
     tmp_path: Path, mode: str, key: str, monkeypatch: pytest.MonkeyPatch, warnings_logged: list[str]
 ) -> None:
@@ -254,6 +256,7 @@ def test_no_way_online_is_one_warning_and_an_offline_run(
     assert message.startswith("wandb is offline (") and f"distcond sync {tmp_path}" in message
 
 
+@pytest.mark.thorough
 def test_a_server_that_hangs_holds_up_neither_the_run_nor_its_exit(hung_run: "Future[HungRun]") -> None:
     """wandb in the same process would hold up the exit for 9 s and more."""
     run = hung_run.result(60)
@@ -265,6 +268,7 @@ def test_a_server_that_hangs_holds_up_neither_the_run_nor_its_exit(hung_run: "Fu
     assert run.num_rows == 1000
 
 
+@pytest.mark.thorough
 def test_a_mirror_that_is_stopped_holds_up_nothing(tmp_path: Path) -> None:
     before = psutil.Process().children()
     start = time.monotonic()
@@ -284,6 +288,7 @@ def test_a_mirror_that_is_stopped_holds_up_nothing(tmp_path: Path) -> None:
     assert len(rows_in(tmp_path)) == 10_000
 
 
+@pytest.mark.thorough
 def test_a_mirror_that_dies_holds_up_nothing(tmp_path: Path) -> None:
     before = psutil.Process().children()
     tracker = track(tmp_path, "offline")
@@ -315,10 +320,13 @@ def test_a_server_that_hangs_leaves_a_complete_offline_run(
     assert message.startswith("wandb is offline (")
 
 
+@pytest.mark.thorough
 def test_an_online_run_has_every_row_and_its_samples_and_going_on_continues_its_curve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings_logged: list[str]
 ) -> None:
-    samples = [{"example": 0, "input": "ab", "steps": [1, 2]}, {"example": 1, "input": "cd", "steps": [3, 4]}]
+    samples = [
+        {"example": number, "target": text, "steps": [1, 3], "loss": [9.0, 0.5]} for number, text in enumerate(["a<", "\n)"])
+    ]
     with wandb_server() as server:
         for name, value in server.variables.items():
             monkeypatch.setenv(name, value)
@@ -334,22 +342,27 @@ def test_an_online_run_has_every_row_and_its_samples_and_going_on_continues_its_
             assert wait_for(lambda last=start + 30: sent_step(tmp_path) == last, 10)
         assert server.rows("some-id") == [
             {"step": 10, "loss": 0.1},
-            {"step": 20, "loss": 0.05, "val/loss": 20, "val/samples": ANY},
+            {"step": 20, "loss": 0.05, "val/loss": 20, "val/samples": ANY, "val/computation": ANY},
             {"step": 30, "loss": 1 / 30},  # and not once more
-            {"step": 40, "loss": 0.025, "val/loss": 60, "val/samples": ANY},
+            {"step": 40, "loss": 0.025, "val/loss": 60, "val/samples": ANY, "val/computation": ANY},
             {"step": 50, "loss": 0.02},
         ]
         run = server.runs["some-id"]
         assert (run["displayName"], run["groupName"], run["tags"]) == ("name", "group", ["deep", "small"])
         assert '"model":{"value":{"depth":3}}' in run["config"]
         tables = [json.loads(body) for path, body in server.files.items() if "/media/table/val/samples" in path]
-    assert tables[0] == {"columns": ["example", "input", "steps"], "data": [[0, "ab", "[1, 2]"], [1, "cd", "[3, 4]"]]}
+        pages = [body.decode() for path, body in server.files.items() if "/media/html/val/computation" in path]
+    assert tables[0]["columns"] == ["example", "target", "steps", "loss"]
+    assert tables[0]["data"][0] == [0, "a<", "[1, 3]", "[9.0, 0.5]"]
+    first, second = ['title="1 steps, 9.0 bits" style="background:rgba(255,140,0,0.00)', 'title="3 steps, 0.5 bits"']
+    assert pages[0].count(first) == pages[0].count(second) == 2 and ">&lt;<" in pages[0] and "\u21b5\n<" in pages[0]
     assert not warnings_logged
     assert [row["step"] for row in rows_in(tmp_path)] == [10, 20, 20, 30, 40, 40, 50]
     kept = [json.loads(line)["step"] for line in (tmp_path / "eval" / "samples.jsonl").read_text().splitlines()]
     assert kept == [20, 40]
 
 
+@pytest.mark.thorough
 def test_a_server_that_falls_silent_holds_up_nothing_and_counts_as_not_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

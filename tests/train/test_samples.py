@@ -1,6 +1,7 @@
 """Samples of a validation: what they are, and that they are those of the validation itself."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,10 @@ def test_a_sample_of_text_is_text() -> None:
     logits = torch.nn.functional.one_hot(torch.tensor([list(b"bcx"), list("né".encode())]), 256).float()
     targets = torch.tensor([list(b"bcd"), list("né".encode())], dtype=torch.uint8)
     first, second = ask(logits, (text, targets, torch.tensor([3, 3])), 5, is_text=True, num_classes=256)
-    assert first == {"example": 0, "input": "abc", "target": "bcd", "prediction": "bcx", "wrong": 1, "steps": [0, 1, 2]}
+    sure, unsure = round(math.log2(math.e + 255) - math.log2(math.e), 3), round(math.log2(math.e + 255), 3)
+    shown = {"input": "abc", "target": "bcd", "prediction": "bcx", "wrong": 1, "steps": [0, 1, 2], "loss": [sure, sure, unsure]}
+    assert {key: first[key] for key in shown} == shown and first["entropy"] == [first["entropy"][0]] * 3
+    assert sure < first["entropy"][0] < 8  # of 256 bytes nearly alike
     assert (second["prediction"], second["wrong"], second["steps"]) == ("né", 0, [3, 4, 5])
 
 
