@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +20,33 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup; the com
 ON_DEMAND = ("thorough", "slow", "gpu", "hosts")
 "Marks of tests that run only where `-m` names the mark; `-m 'not ray'` leaves them out too."
 
+CASES = 3
+"The most cases of a test that all run every time."
+
 STARTING_RANKS = ("tests/train/", "tests/golden/", "tests/test_evaluate.py", "tests/test_bench.py", "tests/optim/test_growth.py")
 "Files that fork ranks from a server (tests/helpers.py); under `-n 2` they share one worker, hence one server and one `text_run`."
 
 gc.disable()  # until all is collected: what is imported is there to stay, and to look through it again takes 5% of the time
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("file_or_dir"):
+        _mark_repetitions(items)
     asked = config.getoption("markexpr")
     left_out = [item for item in items if any(item.get_closest_marker(mark) and mark not in asked for mark in ON_DEMAND)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+def _mark_repetitions(items: list[pytest.Item]) -> None:
+    """Of a test with more than CASES cases only the first and the last run wherever no file is named; all do so thoroughly."""
+    cases = defaultdict(list)
+    for item in items:
+        cases[item.nodeid.split("[")[0]].append(item)
+    for same in cases.values():
+        for item in same[1:-1] if len(same) > CASES else []:
+            item.add_marker(pytest.mark.thorough)
 
 
 def pytest_collection_finish() -> None:

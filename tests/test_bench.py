@@ -97,7 +97,7 @@ def no_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distcond.bench.tree.RIVALS", {})
 
 
-@pytest.mark.parametrize("what", ["tree", "table", "exchange"])
+@pytest.mark.parametrize("what", ["table", *(pytest.param(what, marks=pytest.mark.thorough) for what in ("tree", "exchange"))])
 def test_the_command_prints_a_table_and_writes_the_same_rows(
     what: str, no_rivals: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

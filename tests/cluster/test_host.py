@@ -35,6 +35,7 @@ def test_gloo_is_bound_to_loopback_or_to_what_the_user_says(
     assert os.environ.get("GLOO_SOCKET_IFNAME") in after
 
 
+@pytest.mark.thorough
 def test_a_file_that_appears_late_or_with_the_right_contents_is_proof(tmp_path: Path) -> None:
     proof = tmp_path / "proof"
     proof.write_text("of an earlier start")

@@ -46,6 +46,7 @@ def test_an_address_where_nobody_answers_is_refused_at_once() -> None:
     assert time.monotonic() - started < 10
 
 
+@pytest.mark.thorough
 def test_an_address_that_accepts_and_says_nothing_is_refused_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "CONNECT_TIMEOUT_S", 0.5)
     with socket.socket() as listener:
@@ -55,6 +56,7 @@ def test_an_address_that_accepts_and_says_nothing_is_refused_in_time(monkeypatch
             jobs.connect(f"http://127.0.0.1:{listener.getsockname()[1]}")
 
 
+@pytest.mark.thorough
 def test_a_server_that_is_not_ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "restored afterwards")
     with HTTPServer(("127.0.0.1", 0), _NotFound) as server:

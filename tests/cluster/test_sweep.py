@@ -264,6 +264,7 @@ def _past(folder: Path, trials: list[Trial], memory: Memory) -> None:
     sweep_report.save(folder / "sweep.json", "s", "val/bpb", outcomes)
 
 
+@pytest.mark.thorough
 def test_what_is_over_is_kept_and_the_rest_is_run(tmp_path: Path) -> None:
     space = {"model.tree.depth": [0, 2, 3, 4, 5]}
     config = changed(tiny(), run__dir=str(tmp_path), sweep__name="s", sweep__space=space)

@@ -180,6 +180,7 @@ def four_ranks() -> dict[str, Trace]:
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)
+@pytest.mark.thorough
 def test_placement_on_four_ranks_equals_plain_torch(four_ranks: dict[str, Trace], name: str) -> None:
     assert_same(four_ranks[name], train_plainly(PLACEMENTS[name], FEW), TOLERANCE)
 

@@ -52,6 +52,7 @@ def test_a_fork_is_a_run_of_its_own_that_goes_on_from_the_checkpoint(config: Con
     assert tree_of(tmp_path / "run") == before
 
 
+@pytest.mark.thorough
 def test_with_nothing_changed_a_fork_is_the_old_run_continued(config: Config, parent: Config, tmp_path: Path) -> None:
     longer = changed(config, optim__lr=parent.optim.lr)
     forked, _ = fork_run(longer)

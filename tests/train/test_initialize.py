@@ -116,6 +116,7 @@ def go_on(folder: str, stage: int) -> list[float]:
     return train(engine, 2, 4)
 
 
+@pytest.mark.thorough
 def test_checkpoint_of_a_foreign_loop_carries_the_tables(tmp_path: Path) -> None:
     ranks = run_ranks(save_and_load, 2, str(tmp_path), [0, 2, 3])
     for straight, resumed in (pair for rank in ranks for pair in rank):

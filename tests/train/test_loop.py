@@ -122,6 +122,7 @@ def test_finished_run_is_left_as_it_is(text_run: Config) -> None:
 
 
 @pytest.mark.parametrize(("num_workers", "accumulation"), [(1, 1), (2, 2)])
+@pytest.mark.thorough
 def test_the_budget_sees_the_steps_and_the_loss_of_the_whole_batch_once_an_update(
     tmp_path: Path, num_workers: int, accumulation: int
 ) -> None:
