@@ -48,7 +48,7 @@ def test_the_code_map_names_every_sub_package() -> None:
             assert f"{folder.name}/" in README
 
 
-@pytest.mark.parametrize("readme", ["README.md", "conf/README.md", "launch/README.md"])
+@pytest.mark.parametrize("readme", ["README.md", "conf/README.md", "launch/README.md", "distcond/bench/README.md"])
 def test_links_lead_to_files(readme: str) -> None:
     file = ROOT / readme
     for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", file.read_text()):
