@@ -6,13 +6,17 @@
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "initialize"]
+__all__ = ["__version__", "initialize", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `initialize` on first use: it brings in DeepSpeed, which the layers alone do not need."""
+    """Import what is public on first use: `initialize` brings in DeepSpeed, `load` safetensors; the layers need neither."""
     if name == "initialize":
         from distcond.train.engine import initialize
 
         return initialize
+    if name == "load":
+        from distcond.deploy.load import load
+
+        return load
     raise AttributeError(f"module 'distcond' has no attribute {name!r}")

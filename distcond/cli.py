@@ -14,7 +14,7 @@ from distcond import __version__
 from distcond.completion import complete
 from distcond.errors import ConfigError, UserError
 from distcond.redaction import redact
-from distcond.verbs import configured, runs
+from distcond.verbs import configured, deployment, runs
 from distcond.verbs.bench import BENCHES, bench
 
 HELP = f"""distcond {__version__}: models that choose their weights and their amount of computation from the data
@@ -24,6 +24,9 @@ HELP = f"""distcond {__version__}: models that choose their weights and their am
   distcond submit   train|sweep [...]  run elsewhere  distcond submit train cluster=ray cluster.num_workers=8
   distcond prepare  [overrides]        prepare a text distcond prepare data=text 'data.files=[corpus/**/*.txt]'
   distcond evaluate RUN [--step N]     measure a run  distcond evaluate runs/first
+  distcond explain  RUN --input TEXT   say why        distcond explain runs/first --input 'def main('
+  distcond export   RUN --out DIR      deploy         distcond export runs/first --out model --flatten
+  distcond predict  DIR|RUN [FILE]     answer lines   echo 'def main(' | distcond predict model
   distcond sync     [RUN...]           send to wandb  distcond sync runs/first
   distcond bench    tree|table|...     time layers    distcond bench table --json table.json
 
@@ -44,6 +47,9 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "submit": configured.submit,
     "prepare": configured.prepare,
     "evaluate": runs.evaluate,
+    "explain": deployment.explain,
+    "export": deployment.export,
+    "predict": deployment.predict,
     "sync": runs.sync,
     "bench": bench,
 }

@@ -7,6 +7,15 @@ import os
 import sys
 from collections.abc import Iterable
 
+READERS = {
+    "evaluate": ["--step"],
+    "explain": ["--input", "--position", "--layer", "--step", "--with", "--json"],
+    "export": ["--out", "--step", "--flatten", "--max-mib", "--bf16"],
+    "predict": ["--step", "--batch-size", "--max-new", "--temperature", "--seed", "--json-lines"],
+    "sync": [],
+}
+"Verbs that read folders -> their flags."
+
 
 def complete(argv: list[str], verbs: Iterable[str], benches: Iterable[str]) -> int:
     """Print what may follow the line in COMP_LINE; returns the exit status. argv: as Hydra's script calls it."""
@@ -34,8 +43,8 @@ def _fixed_words(done: list[str], word: str, verbs: Iterable[str], benches: Iter
     """What may stand at this place, if it is not an override; an empty list leaves it to the shell: a path."""
     if not done:
         return list(verbs)
-    if done[0] in {"evaluate", "sync"} or done[-1] in {"--config", "--config-dir", "-cd"}:
-        return ["--step"] if word.startswith("-") and done[0] == "evaluate" else []
+    if done[0] in READERS or done[-1] in {"--config", "--config-dir", "-cd"}:
+        return READERS.get(done[0], []) if word.startswith("-") else []
     if word.startswith("-"):
         common = ["--config", "--config-dir", "--help"]
         if done[0] == "bench":

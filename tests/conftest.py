@@ -23,7 +23,10 @@ ON_DEMAND = ("thorough", "slow", "gpu", "hosts")
 CASES = 3
 "The most cases of a test that all run every time."
 
-STARTING_RANKS = ("tests/train/", "tests/golden/", "tests/test_evaluate.py", "tests/test_bench.py", "tests/optim/test_growth.py")
+STARTING_RANKS = (
+    *("tests/train/", "tests/golden/", "tests/deploy/"),
+    *("tests/test_evaluate.py", "tests/test_bench.py", "tests/optim/test_growth.py"),
+)
 "Files that fork ranks from a server (tests/helpers.py); under `-n 2` they share one worker, hence one server and one `text_run`."
 
 gc.disable()  # until all is collected: what is imported is there to stay, and to look through it again takes 5% of the time

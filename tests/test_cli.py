@@ -43,7 +43,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"distcond {__version__}\n"
 
 
-@pytest.mark.parametrize("verb", ["sweep", "submit", "evaluate"])
+@pytest.mark.parametrize("verb", ["sweep", "submit", "evaluate", "export", "predict", "explain"])
 def test_verbs_have_their_own_help(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])
@@ -210,7 +210,9 @@ def test_tab_completes_in_a_real_bash(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("distcond ", "train sweep submit prepare evaluate sync bench"),
+        ("distcond ", "train sweep submit prepare evaluate explain export predict sync bench"),
+        ("distcond export runs/a --", "--out --step --flatten --max-mib --bf16"),
+        ("distcond predict ", ""),
         ("distcond bench ", "tree table exchange train halting"),
         ("distcond bench tree --", "--json --kernels --quick --help"),
         ("distcond bench table --", "--json --kernels --quick --large --help"),

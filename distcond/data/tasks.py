@@ -1,13 +1,13 @@
 """Which tasks there are, and what every one of them can do."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from distcond.config import TEXTS, DataConfig, DataName
 from distcond.config.plugins import call, refusal
+from distcond.config.shape import Shape, TaskShape, shape_without
 from distcond.data.addition import addition
 from distcond.data.batch import Batch
 from distcond.data.corpus import Corpus, Run, in_turn
@@ -19,41 +19,6 @@ from distcond.data.sort import sort
 from distcond.data.text import open_stdlib, open_text
 from distcond.data.tokens import vocabulary_of
 from distcond.data.windows import ByteTask
-
-
-class Shape(Protocol):
-    """What a model is built for."""
-
-    @property
-    def kind(self) -> str:
-        """Either bytes (a classification of each byte, or token) or vectors."""
-
-    @property
-    def input_size(self) -> int:
-        """256 for bytes, the vocabulary for tokens, else I."""
-
-    @property
-    def output_size(self) -> int:
-        """256 for bytes, the vocabulary for tokens, else O."""
-
-    @property
-    def num_classes(self) -> int:
-        """256 for bytes, the vocabulary for tokens; vectors: C, outputs are groups of C, one class each, or 1, binary targets."""
-
-    @property
-    def max_length(self) -> int:
-        """T, time steps of a batch."""
-
-
-@dataclass(frozen=True, slots=True)
-class TaskShape:
-    """The shape of a task, without the task."""
-
-    kind: str
-    input_size: int
-    output_size: int
-    num_classes: int
-    max_length: int
 
 
 class Task(Shape, Protocol):
@@ -136,11 +101,6 @@ def shape_of(config: DataConfig) -> TaskShape:
     if key not in _SHAPES:
         _SHAPES[key] = shape_without(build_task(config))
     return _SHAPES[key]
-
-
-def shape_without(task: Shape) -> TaskShape:
-    """The shape of a task alone."""
-    return TaskShape(task.kind, task.input_size, task.output_size, task.num_classes, task.max_length)
 
 
 _SHAPES: dict[str, TaskShape] = {}

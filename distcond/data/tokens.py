@@ -52,6 +52,12 @@ def encoder(tokenizer: str, errors: str = "strict") -> Callable[[bytes, str], np
     return encode
 
 
+def decoder(tokenizer: str) -> Callable[[list[int]], str]:
+    """What makes a text of ids. Raises DataError as `encoder` does."""
+    model = _open(*_identity(tokenizer))
+    return lambda ids: str(model.decode(ids, skip_special_tokens=False))
+
+
 def _pieces(data: bytes) -> Iterator[bytes]:
     """Cut after the last line that ends within PIECE_BYTES; a longer line is a piece of its own."""
     start = 0

@@ -3,6 +3,8 @@
 Legend: T tokens, Q in, P out, K depth, L leaves folded, G leaves touched.
 """
 
+from typing import Any, NamedTuple, Self
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,9 @@ MOST_LEAVES = 2**20
 
 
 class FlatTree(nn.Module):
-    """What a `TreeLinear` computes in evaluation, from one matrix a leaf; made by `flatten`. Gives no gradients.
+    """What a `TreeLinear` computes in evaluation, from one matrix a leaf. Gives no gradients.
+
+    `flatten` makes it; one that is made here has room for so many leaves, and is filled by `load_state_dict`.
 
     weight, bias: [L, Q, P] and [L, P] of the leaves folded; leaf: their indices, int64 [L] ascending. planes, thresholds:
     [K, Q] and [K], of the bits. Tokens of other leaves go through `rest`, the layer itself (None where every leaf is
@@ -29,41 +33,56 @@ class FlatTree(nn.Module):
     planes: Tensor
     thresholds: Tensor
 
-    def __init__(self, layer: TreeLinear, leaf_L: Tensor) -> None:
+    def __init__(self, layer: TreeLinear, num_leaves: int) -> None:
         super().__init__()
         self.in_features, self.out_features, self.depth = layer.in_features, layer.out_features, layer.depth
-        folded = [layer.effective_weight(leaf) for leaf in leaf_L.tolist()]
+        like = layer.node_weight(0)
         # Transposed, small products are a sixth faster.
-        self.register_buffer("weight", torch.stack([weight.t() for weight, _ in folded]))
-        self.register_buffer("bias", torch.stack([bias for _, bias in folded]))
-        self.register_buffer("leaf", leaf_L)
+        self.register_buffer("weight", like.new_empty(num_leaves, layer.in_features, layer.out_features))
+        self.register_buffer("bias", like.new_empty(num_leaves, layer.out_features))
+        self.register_buffer("leaf", torch.arange(num_leaves, device=layer.seed.device))
         planes, thresholds = hyperplanes(layer)
         self.register_buffer("planes", planes)
         self.register_buffer("thresholds", thresholds)
-        self.rest = layer if len(leaf_L) < 2**self.depth else None
+        self.rest = layer if num_leaves < 2**self.depth else None
+        self._singles: _Singles | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         x_TQ = as_rows(x.detach(), self.in_features)
         # NOTE: nothing here asks for a gradient; `torch.no_grad()` would cost a single token a tenth of its time.
         with full_precision(x):
-            gates_TK = nn.functional.linear(x_TQ.to(self.planes.dtype), self.planes, -self.thresholds)
-            y_TP = self._one(x_TQ, gates_TK[0].tolist()) if len(x_TQ) == 1 else self._many(x_TQ, leaf_index(gates_TK > 0))
+            y_TP = self._one(x_TQ) if len(x_TQ) == 1 else self._many(x_TQ)
         return y_TP.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
-    def _one(self, x_TQ: Tensor, gates_K: list[float]) -> Tensor:
+    def _one(self, x_1Q: Tensor) -> Tensor:
         """A single token: the matrix is read once, and little else may be done beside."""
-        slot = 0
-        for gate in gates_K:
-            slot = 2 * slot + (gate > 0)
-        if self.rest is not None:
-            leaf, slot = slot, int(torch.searchsorted(self.leaf, slot))
-            if slot == len(self.leaf) or int(self.leaf[slot]) != leaf:
-                return self._through_rest(x_TQ)
-        return torch.addmm(self.bias[slot], x_TQ.to(self.weight.dtype), self.weight[slot])
+        singles = self._singles or self._make_singles()
+        leaf = 0
+        for gate in torch.addmm(singles.offsets, x_1Q.to(singles.offsets.dtype), singles.planes_QK)[0].tolist():
+            leaf = 2 * leaf + (gate > 0)
+        found = singles.leaves.get(leaf)
+        return self._through_rest(x_1Q) if found is None else torch.addmm(found[0], x_1Q.to(found[0].dtype), found[1])
 
-    def _many(self, x_TQ: Tensor, leaf_T: Tensor) -> Tensor:
+    def _make_singles(self) -> "_Singles":
+        leaves = dict(zip(self.leaf.tolist(), zip(self.bias.unbind(), self.weight.unbind(), strict=True), strict=True))
+        self._singles = _Singles(-self.thresholds, self.planes.t().contiguous(), leaves)
+        return self._singles
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._singles = None
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
+
+    def _load_from_state_dict(self, *given: Any) -> None:
+        self._singles = None
+        super()._load_from_state_dict(*given)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_singles": None}
+
+    def _many(self, x_TQ: Tensor) -> Tensor:
         """Tokens sorted by leaf, one product a leaf; those of leaves that are not folded come last."""
+        leaf_T = leaf_index(nn.functional.linear(x_TQ.to(self.planes.dtype), self.planes, -self.thresholds) > 0)
         slot_T, order_T = torch.sort(leaf_T if self.rest is None else self._slots(leaf_T), stable=True)
         slot_G, count_G = torch.unique_consecutive(slot_T, return_counts=True)
         sorted_TQ = x_TQ.index_select(0, order_T).to(self.weight.dtype)
@@ -88,6 +107,16 @@ class FlatTree(nn.Module):
         return y_TP
 
 
+class _Singles(NamedTuple):
+    """What a single token needs, taken out of the buffers once: to do so for each costs as much as its product."""
+
+    offsets: Tensor
+    "-thresholds, [K]."
+    planes_QK: Tensor
+    leaves: dict[int, tuple[Tensor, Tensor]]
+    "Bias [P] and weight [Q, P] by leaf."
+
+
 @torch.no_grad()
 def flatten(layer: TreeLinear, max_leaves: int | None = None, loads: tuple[Tensor, Tensor] | None = None) -> FlatTree:
     """Fold a layer's leaves: all of them, or the `max_leaves` that `loads` says most tokens visit.
@@ -107,12 +136,21 @@ def flatten(layer: TreeLinear, max_leaves: int | None = None, loads: tuple[Tenso
     if most < 1:
         raise ValueError(f"max_leaves={max_leaves} is below 1; fold 1 or more leaves, or use the layer as it is")
     if 2**layer.depth <= most:
-        return FlatTree(layer, torch.arange(2**layer.depth, device=layer.seed.device))
+        return _fold(layer, torch.arange(2**layer.depth, device=layer.seed.device))
     if loads is None:
         raise ValueError(f"of 2**{layer.depth} leaves at most {most} are folded; give loads, which say which are visited")
     leaf_G, count_G = loads
     hottest = torch.argsort(count_G, descending=True, stable=True)[:most]
-    return FlatTree(layer, leaf_G[hottest].sort().values)
+    return _fold(layer, leaf_G[hottest].sort().values)
+
+
+def _fold(layer: TreeLinear, leaf_L: Tensor) -> FlatTree:
+    flat = FlatTree(layer, len(leaf_L))
+    flat.leaf.copy_(leaf_L)
+    for slot, leaf in enumerate(leaf_L.tolist()):
+        weight, bias = layer.effective_weight(leaf)
+        flat.weight[slot], flat.bias[slot] = weight.t(), bias
+    return flat
 
 
 def hyperplanes(layer: TreeLinear) -> tuple[Tensor, Tensor]:

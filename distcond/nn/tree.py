@@ -146,11 +146,14 @@ class TreeLinear(nn.Module):
         return y_VP.reshape(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
+    def gates(self, x: Tensor) -> Tensor:
+        """What the bits are the signs of, fp32 [..., num_trees, depth]: how far each is from its threshold."""
+        with full_precision(x):
+            return self._gates(as_rows(x, self.in_features)).view(*x.shape[:-1], self.num_trees, self.depth)
+
     def codes(self, x: Tensor) -> Tensor:
         """The bits, bool [..., num_trees, depth]; the first is the coarsest."""
-        with full_precision(x):
-            gates_TMK = self._gates(as_rows(x, self.in_features))
-        return (gates_TMK > 0).view(*x.shape[:-1], self.num_trees, self.depth)
+        return self.gates(x) > 0
 
     @torch.no_grad()
     def leaf(self, x: Tensor) -> Tensor:
@@ -164,6 +167,11 @@ class TreeLinear(nn.Module):
         node_id: in heap order, the root of the tree is 0.
         """
         return self._node(node_id, tree)[0]
+
+    @torch.no_grad()
+    def node_bias(self, node_id: int, tree: int = 0) -> Tensor:
+        """Bias of one node, [out / num_trees], as `node_weight`."""
+        return self._node(node_id, tree)[1]
 
     @torch.no_grad()
     def effective_weight(self, leaf: int, tree: int = 0) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from distcond.config import Config, GateName, ModelConfig, TreeConfig
 from distcond.config.cost import ModelCost, model_cost, tree_cost
 from distcond.config.plugins import call, refusal
 from distcond.config.run import check_reads
-from distcond.data.tasks import Shape, TaskShape, shape_without
+from distcond.config.shape import Shape, TaskShape, shape_without
 from distcond.nn import FixedComputation, TreeLinear
 from distcond.nn.halting import Pondering, PonderStats
 from distcond.nn.model import Learner, build_learner, with_loss

@@ -14,10 +14,11 @@ import torch
 
 from distcond.config import Config, DataConfig, ModelConfig
 from distcond.config.cost import model_cost
+from distcond.config.shape import shape_without
 from distcond.data import build_task
 from distcond.data.corpus import in_turn
 from distcond.data.mixture import Mixture
-from distcond.data.tasks import bytes_per_token, open_source, shape_of, shape_without
+from distcond.data.tasks import bytes_per_token, open_source, shape_of
 from distcond.data.text import TextFile, _open
 from distcond.data.tokens import PIECE_BYTES, dtype_of, encoder, vocabulary_of
 from distcond.data.windows import ByteTask

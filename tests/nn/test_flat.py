@@ -1,5 +1,7 @@
 """A flattened tree is its layer in evaluation: the same bits, one matrix for the whole path."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -90,9 +92,14 @@ def test_no_gradient_comes_back_and_autocast_changes_nothing(count: int) -> None
 def test_a_flattened_tree_is_saved_and_loaded_like_any_module() -> None:
     layer, x = random_tree(3), tokens(9)
     flat, other = flatten(layer), flatten(random_tree(3, seed=1))
-    assert not torch.equal(other(x), flat(x))
+    assert not torch.equal(other(x), flat(x)) and not torch.equal(other(x[:1]), flat(x[:1]))
     other.load_state_dict(flat.state_dict())
-    assert torch.equal(other(x), flat(x))
+    assert torch.equal(other(x), flat(x)) and torch.equal(other(x[:1]), flat(x[:1]))
+    twin = copy.deepcopy(other)
+    twin.load_state_dict({name: torch.zeros_like(value) for name, value in flat.state_dict().items()})
+    assert not twin(x[:1]).any() and torch.equal(other(x[:1]), flat(x[:1]))
+    assert other.float()(x[:1]).dtype == torch.float64 and not torch.equal(other(x[:1]), flat(x[:1]))
+    assert torch.equal(pickle.loads(pickle.dumps(flat))(x[:1]), flat(x[:1]))
 
 
 def test_what_cannot_be_flattened_is_refused() -> None:

@@ -1,0 +1,1 @@
+"""Trained models outside of training: exported, loaded with torch and safetensors alone, asked, and explained."""
