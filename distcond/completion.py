@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 
 READERS = {
-    "evaluate": ["--step"],
+    "evaluate": ["--step", "--against"],
     "explain": ["--input", "--position", "--layer", "--step", "--with", "--json"],
     "export": ["--out", "--step", "--flatten", "--max-mib", "--bf16"],
     "predict": ["--step", "--batch-size", "--max-new", "--temperature", "--seed", "--json-lines"],

@@ -2,25 +2,42 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from distcond.cli import main
 from distcond.compose import save_config
 from distcond.config import Config
 from distcond.errors import RunError
 from distcond.ops import kernels, native
+from distcond.train.checkpoint import fingerprint
 from distcond.train.fits import cost_of
 from distcond.train.run_folder import RunFolder
 from tests.helpers import changed, run_ranks, small_config, train_here
 
 
-def evaluate(run: Path, step: int | None = None) -> dict[str, Any]:
+def evaluate(run: Path, step: int | None = None, against: Path | None = None) -> dict[str, Any]:
     # NOTE: imported here, because only the process that runs this file needs DeepSpeed.
     from distcond.evaluate import evaluate
 
-    return evaluate(run, step)
+    return evaluate(run, step, against)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """Each batch is timed twice."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("distcond.evaluate.latency.MOST_REPEATS", 2)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def quicker(last_result: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is evaluated after the first result is timed one example at a time."""
+    monkeypatch.setattr("distcond.evaluate.latency.LONGEST_CALL_S", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +57,7 @@ def test_evaluation_equals_the_last_validation_of_the_run(text_run: Config, last
     for name in ("val/bpb", "val/element_error", "val/ponder/steps", "val/ponder/cost", "val/ponder/remainder"):
         assert result[name] == pytest.approx(last[name], rel=1e-6), name  # fp32, summed over other batches
     assert result["macs_per_position"] == cost_of(text_run).macs(result["val/ponder/steps"])
-    assert result["latency_ms"] > 0
+    assert all(result[f"latency_ms/batch_{size}/p50"] > 0 for size in (1, 32, 1024))
     assert json.loads((path_of(text_run) / "eval/step_00000012.json").read_text()) == result
 
 
@@ -68,10 +85,48 @@ def test_a_task_is_evaluated_by_its_measure_and_the_kernels_of_the_run(tmp_path:
     assert min(by_gates.values()) <= result["val/ponder/steps"] <= max(by_gates.values())
 
 
+def test_the_histogram_is_of_the_steps_and_the_interval_of_the_quality(text_run: Config, last_result: dict[str, Any]) -> None:
+    histogram = last_result["val/ponder/steps_histogram"]
+    assert sum(histogram) == pytest.approx(1)
+    assert sum((n + 1) * share for n, share in enumerate(histogram)) == pytest.approx(last_result["val/ponder/steps"])
+    assert (
+        sum(histogram[: last_result["val/ponder/steps_p95"]]) >= 0.95 > sum(histogram[: last_result["val/ponder/steps_p95"] - 1])
+    )
+    assert last_result["val/bpb/low"] < last_result["val/bpb"] < last_result["val/bpb/high"]
+    assert last_result["val/bpb"] < last_result["val/bpb/worst_tenth"] and last_result["hardest_by"] == "zlib"
+    assert last_result["macs_per_example"] == 16 * last_result["macs_per_position"]  # bytes of context
+    cost = cost_of(text_run)
+    assert 0 < last_result["bytes_touched_per_example"] < 4 * (cost.dense_parameters + cost.node_parameters)
+
+
+def test_forced_steps_end_with_those_that_halting_takes_at_most(last_result: dict[str, Any]) -> None:
+    fixed = last_result["control/fixed_steps"]
+    most = len(last_result["val/ponder/steps_histogram"])
+    assert list(fixed) == [str(number) for number in range(1, most + 1)] and len(set(fixed.values())) == most
+    assert min(abs(value - last_result["val/bpb"]) for value in fixed.values()) < 0.01
+
+
+def test_a_second_evaluation_finds_the_same_and_no_difference_to_itself(text_run: Config, last_result: dict[str, Any]) -> None:
+    result = evaluate(path_of(text_run), against=path_of(text_run))
+    timed = ("latency_ms/", "throughput", "peak_memory")
+    for figures in (result, result["against"]):
+        assert {k: v for k, v in figures.items() if not k.startswith((*timed, "against"))} == {
+            k: v for k, v in last_result.items() if not k.startswith(timed)
+        }
+    ratios = result["against/ratios"]
+    assert {key: value for key, value in ratios.items() if not key.startswith(timed)} == dict.fromkeys(
+        [key for key in ratios if not key.startswith(timed)], 1.0
+    )
+    assert [key for key in result if key.startswith("latency_ms") and key.endswith("p50")] == ["latency_ms/batch_1/p50"]
+    assert {"val/bpb", "macs_per_position", "bytes_touched_per_example", "latency_ms/batch_1/p50"} <= set(ratios)
+    assert [result[f"against/difference{end}"] for end in ("", "/low", "/high")] == [0, 0, 0]
+
+
 def test_earlier_checkpoint_can_be_chosen(text_run: Config, last_result: dict[str, Any]) -> None:
     result = evaluate(path_of(text_run), step=6)
     assert result["step"] == 6
     assert result["val/bpb"] > last_result["val/bpb"]
+    assert 0 < result["maintainability/retrain_s"] < last_result["maintainability/retrain_s"]
     assert (path_of(text_run) / "eval/step_00000006.json").exists()
 
 
@@ -92,7 +147,51 @@ def test_a_run_that_goes_on_is_refused_unless_a_checkpoint_is_chosen(text_run: C
         assert evaluate(path_of(text_run), step=6)["step"] == 6
 
 
-def test_run_without_a_checkpoint_is_refused(text_run: Config, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text((path_of(text_run) / "config.yaml").read_text())
-    with pytest.raises(RunError, match="has no checkpoint yet"):
-        evaluate(tmp_path)
+@pytest.fixture
+def copied(text_run: Config, tmp_path: Path) -> Path:
+    """A copy of the run that may be harmed."""
+    return Path(shutil.copytree(path_of(text_run), tmp_path / "run"))
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
+    assert main(["evaluate", *map(str, argv)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("distcond: error: ") and err.count("\n") == 1
+    return err
+
+
+def test_bad_runs_are_refused_in_one_line(copied: Path, text_run: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    good, newest = path_of(text_run), copied / "checkpoints" / "step_00000012"
+    assert "no/run is not a run folder" in refusal(capsys, good, "--against", "no/run")
+    with RunFolder(copied).locked():
+        assert "is still being written" in refusal(capsys, copied)
+        assert "is still being written" in refusal(capsys, good, "--against", copied)
+    config = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(config.replace("context: 16", "context: 8"))
+    assert "have different data: data.context=16 and 8; give --against a run" in refusal(capsys, good, "--against", copied)
+    (copied / "config.yaml").write_text("seed: [")
+    assert str(copied / "config.yaml") in refusal(capsys, copied)
+    (copied / "config.yaml").write_text(config)
+    state = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(json.dumps({**state, "format_version": 0}))
+    manifest = json.loads((newest / "manifest.json").read_text())
+    (newest / "manifest.json").write_text(json.dumps({**manifest, "state.json": fingerprint(newest / "state.json")}))
+    assert "has format 0; this version reads 1" in refusal(capsys, copied)
+    for checkpoint in newest.parent.glob("step_*"):
+        (checkpoint / "dense.safetensors").write_bytes(b"damaged")
+    assert "dense.safetensors is damaged or missing" in refusal(capsys, copied)
+    shutil.rmtree(newest.parent)
+    assert "has no checkpoint yet; train it first" in refusal(capsys, copied)
+
+
+def test_the_table_begins_with_the_four_figures_of_a_proof_of_concept(
+    text_run: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(path_of(text_run)), "--step", "6"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line and not line.startswith((" ", "val/", "control/", "maintainability/"))][:4] == [
+        "operating cost",
+        "accuracy",
+        "latency",
+        "maintainability",
+    ]

@@ -58,6 +58,11 @@ def time_in_turn(functions: Mapping[str, Callable[[], object]], repeats: int = R
     """Time each function `repeats` times, one after the other, after one call that is not counted."""
     for function in functions.values():
         function()
+    return {name: _timing(taken) for name, taken in milliseconds_in_turn(functions, repeats).items()}
+
+
+def milliseconds_in_turn(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of every call of each function, `repeats` times one after the other; whoever calls has warmed them up."""
     taken: dict[str, list[float]] = {name: [] for name in functions}
     gc.collect()
     gc.disable()
@@ -71,7 +76,7 @@ def time_in_turn(functions: Mapping[str, Callable[[], object]], repeats: int = R
                 taken[name].append(1e3 * (time.perf_counter() - start))
     finally:
         gc.enable()
-    return {name: _timing(milliseconds) for name, milliseconds in taken.items()}
+    return taken
 
 
 def time_beside_limits(functions: Mapping[str, Callable[[], object]], place: Place = CPU) -> tuple[dict[str, Timing], Machine]:

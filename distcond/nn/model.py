@@ -55,7 +55,7 @@ class Learner(nn.Module):
         """
         logits, stats = self.body(inputs, lengths)
         valid_BT = torch.arange(logits.shape[1], device=lengths.device) < lengths[:, None]
-        nll_BT, wrong_BTG, asked_BTG = self._compare(logits, targets)
+        nll_BT, wrong_BTG, asked_BTG = self.compare(logits, targets)
         entropy = nll_BT.new_zeros(())
         if stats.drafts is not None:
             nll_BT, entropy = self._mean_over_steps(stats.drafts, targets, valid_BT)
@@ -73,7 +73,7 @@ class Learner(nn.Module):
         )  # fmt: skip
         return loss, torch.stack([figure.detach().double() for figure in sums])
 
-    def _compare(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def compare(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Negative log-likelihood [B, T]; which of the G targets of a place are missed, and which are asked for [B, T, G]."""
         if self.num_classes == 1:
             nll_BTG = nn.functional.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none")
@@ -88,7 +88,7 @@ class Learner(nn.Module):
     def _mean_over_steps(self, drafts: Drafts, targets: Tensor, valid_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood of each place, weighted over its steps [B, T]; sum of the entropies of the weights."""
         targets_S = targets.flatten(0, 1)[drafts.rows]
-        nll_S = self._compare(drafts.value[:, None], targets_S[:, None])[0][:, 0]
+        nll_S = self.compare(drafts.value[:, None], targets_S[:, None])[0][:, 0]
         nll_BT = nll_S.new_zeros(valid_BT.numel()).index_add(0, drafts.rows, nll_S * drafts.weight.float()).view_as(valid_BT)
         # NOTE: the gradient of p log p is infinite at p = 0.
         entropy_S = torch.special.entr(drafts.weight.clamp(min=torch.finfo(drafts.weight.dtype).tiny))

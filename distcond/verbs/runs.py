@@ -1,7 +1,6 @@
 """The verbs that read the folders of runs: evaluate, sync."""
 
 from pathlib import Path
-from typing import Any
 
 from distcond.config import RunConfig
 from distcond.errors import ConfigError, RunError
@@ -13,12 +12,15 @@ def evaluate(argv: list[str]) -> int:
     parser = Parser(prog="distcond evaluate", description="Measure a run: quality, steps, cost.", allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN", help="its folder, e.g. runs/first")
     parser.add_argument("--step", type=int, help="a checkpoint other than the latest")
+    parser.add_argument("--against", type=Path, metavar="RUN", help="another run on the same data, e.g. the dense model")
     args = parser.parse_args(argv)
     configure_logging()
-    _check_is_run(args.run)
-    from distcond.evaluate import evaluate
+    for run in (args.run, args.against):
+        if run is not None:
+            _check_is_run(run)
+    from distcond.evaluate import evaluate, table
 
-    _print_table(evaluate(args.run, args.step))
+    print(table(evaluate(args.run, args.step, args.against)))
     return 0
 
 
@@ -43,9 +45,3 @@ def _check_is_run(run: Path) -> None:
     """Refuse what is no run before torch is imported."""
     if not (run / "config.yaml").is_file():
         raise RunError(f"{run} is not a run folder, for it has no config.yaml; give one such as runs/first.")
-
-
-def _print_table(metrics: dict[str, Any]) -> None:
-    width = max(map(len, metrics), default=0)
-    for name, value in metrics.items():
-        print(f"{name:<{width}}  {f'{value:.6g}' if isinstance(value, float) else value}")

@@ -106,7 +106,10 @@ def test_no_file_of_a_run_is_unpickled_by_evaluate(
     canary: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("distcond.evaluate.latency.LONGEST_CALL_S", 0.0)  # one example at a time is timed, once
+    monkeypatch.setattr("distcond.evaluate.latency.MOST_REPEATS", 1)
     shutil.copytree(finished, tmp_path / "run")
     plant(tmp_path / "run", name, make(canary), sealed=sealed and name in READ + OTHERS)
     step = ["--step", "4"] if name.startswith(LAST) else []  # without, an older checkpoint is taken in place of a damaged one

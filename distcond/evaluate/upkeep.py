@@ -1,0 +1,126 @@
+"""What it takes to keep a model: settings of its own, other seeds that came out as well, time to train it again."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from distcond.compose import compose_node, to_dict
+from distcond.config import Config, DataName
+from distcond.train.run_folder import RunFolder
+
+WHERE = ("run", "tracking", "sweep", "seed")
+"Sections that say where a run is kept and shown, and its seed: not what it is."
+WHERE_KEYS = ("data.cache_dir",)
+GROUPS = ("model", "data")
+"Whose options set several keys at once; which option it is, is one setting."
+
+
+def upkeep(folder: RunFolder, config: Config, step: int, metric: str) -> dict[str, Any]:
+    """maintainability/settings_changed, /num_settings_changed, /seeds, /num_seeds_finished, /retrain_s (if its metrics tell).
+
+    step: of the checkpoint. metric: the figure of quality that `summary.json` ends with.
+    """
+    changed, seeds = settings_changed(config), seeds_beside(folder, metric)
+    figures = {
+        "settings_changed": changed,
+        "num_settings_changed": len(changed),
+        "seeds": seeds,
+        "num_seeds_finished": sum(seed["finished"] for seed in seeds.values()),
+    }
+    if seconds := seconds_of_training(folder.metrics, step):
+        figures["retrain_s"] = seconds
+    return {f"maintainability/{name}": value for name, value in figures.items()}
+
+
+def settings_changed(config: Config) -> dict[str, Any]:
+    """Dotted keys whose values are not those of `distcond train` with the same options of GROUPS, and the values.
+
+    An option other than the default one counts as a key: model=rnn. Sections of WHERE do not count.
+    """
+    default = _composed()
+    names = {group: str(getattr(config, group).name) for group in GROUPS}
+    chosen = {group: name for group, name in names.items() if name != default[f"{group}.name"]}
+    has_file = {"model": config.model.is_shipped, "data": config.data.name in {*DataName}}
+    before = _composed(*(f"{group}={name}" for group, name in chosen.items() if has_file[group]))
+    own = _flat(to_dict(config))
+    keys = sorted(own.keys() | before.keys())
+    return chosen | {key: own.get(key) for key in keys if own.get(key) != before.get(key) and not _is_where(key)}
+
+
+@cache
+def _composed(*options: str) -> dict[str, Any]:
+    """What these options of groups give, by dotted key."""
+    return _flat(compose_node(options))
+
+
+def seeds_beside(folder: RunFolder, metric: str) -> dict[str, dict[str, Any]]:
+    """Runs in the same folder, this one included, whose config.yaml differs in no section outside of WHERE, by their seed.
+
+    Of each its `run` (name), `quality` at its end, and whether it `finished`: reached train.max_steps. Of runs with the same
+    seed, the last one by name that finished counts.
+    """
+    mine = _sections(folder.config_file)
+    found: dict[str, dict[str, Any]] = {}
+    for file in sorted(folder.path.resolve().parent.glob("*/config.yaml")):
+        theirs = _sections(file) if file.is_file() else {}
+        if {**theirs, **dict.fromkeys(WHERE)} != {**mine, **dict.fromkeys(WHERE)}:
+            continue
+        seed, steps = theirs.get("seed", "").strip(), re.search(r"^  max_steps: (\d+)$", theirs.get("train", ""), re.MULTILINE)
+        summary = _read_object(file.with_name("summary.json"))
+        finished = steps is not None and summary.get("step") == int(steps[1]) and not summary.get("stopped")
+        if finished or seed not in found:
+            last = summary.get("last")
+            quality = last.get(metric) if isinstance(last, dict) else None
+            found[seed] = {"run": file.parent.name, "quality": quality, "finished": finished}
+    return found
+
+
+def seconds_of_training(metrics: Path, step: int) -> float:
+    """Of the steps up to this one and the validations between them, by `metrics.jsonl`; without start and checkpoints.
+
+    0 where there is none.
+    """
+    total, done = 0.0, 0
+    for line in metrics.read_text(errors="replace").splitlines() if metrics.is_file() else []:
+        try:
+            row = json.loads(line)
+            if row["step"] > step:
+                break
+            total += row.get("perf/validation_s", 0.0)
+            if "perf/step_ms" in row:
+                total, done = total + row["perf/step_ms"] / 1e3 * (row["step"] - done), row["step"]
+        except (ValueError, KeyError, TypeError, RecursionError):  # a line that a crash has cut off
+            continue
+    return total
+
+
+def _is_where(key: str) -> bool:
+    return key.partition(".")[0] in WHERE or key in WHERE_KEYS
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            is_list = isinstance(value, Sequence) and not isinstance(value, str)
+            flat[f"{prefix}{key}"] = list(value) if is_list else value
+    return flat
+
+
+def _sections(file: Path) -> dict[str, str]:
+    """Text of each section of a config.yaml as distcond writes it."""
+    return dict(re.findall(r"^(\w+):(.*(?:\n[ -].*)*)", file.read_text(errors="replace"), re.MULTILINE))
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none."""
+    try:
+        value = json.loads(file.read_text(errors="replace"))
+    except (OSError, ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {}
