@@ -12,6 +12,7 @@ READERS = {
     "explain": ["--input", "--position", "--layer", "--step", "--with", "--json"],
     "export": ["--out", "--step", "--flatten", "--max-mib", "--bf16"],
     "predict": ["--step", "--batch-size", "--max-new", "--temperature", "--seed", "--json-lines"],
+    "report": ["--out"],
     "sync": [],
 }
 "Verbs that read folders -> their flags."

@@ -44,7 +44,15 @@ def run_folder(run: Path) -> RunFolder:
 
 
 def open_run(run: Path, step: int | None = None) -> OpenedRun:
-    """Read a run and the model of a checkpoint, with the kernels of the run.
+    """Read a run and the model of a checkpoint, with the kernels of the run; run, step, errors: as of `find_checkpoint`."""
+    folder, config, checkpoint = find_checkpoint(run, step)
+    feeder = LocalFeeder(config, rank=0, world_size=1)
+    _choose_kernels(config)
+    return OpenedRun(folder, config, checkpoint, read_state(checkpoint)["step"], feeder, _learner(checkpoint, config, feeder))
+
+
+def find_checkpoint(run: Path, step: int | None = None) -> tuple[RunFolder, Config, Path]:
+    """A run's folder and configuration, and a checkpoint of it that is intact.
 
     step: which checkpoint; None: the newest intact one, once the run is over. Raises RunError where there is no run, where it
     goes on, and where there is no such checkpoint, or none that is intact.
@@ -52,11 +60,7 @@ def open_run(run: Path, step: int | None = None) -> OpenedRun:
     folder = run_folder(run)
     if step is None and folder.is_held():
         raise RunError(f"{run} is still being written; wait for the run to end, or choose a checkpoint of it by --step N.")
-    config = load_config(folder.config_file)
-    checkpoint = _checkpoint(folder, step)
-    feeder = LocalFeeder(config, rank=0, world_size=1)
-    _choose_kernels(config)
-    return OpenedRun(folder, config, checkpoint, read_state(checkpoint)["step"], feeder, _learner(checkpoint, config, feeder))
+    return folder, load_config(folder.config_file), _checkpoint(folder, step)
 
 
 def _choose_kernels(config: Config) -> None:

@@ -78,6 +78,8 @@ def test_verbs_have_their_own_help(capsys: pytest.CaptureFixture[str], verb: str
         ("submit train cluster=rya", "cluster has kuberay, local, ray, slurm; did you mean ray?"),
         ("evaluate", "the following arguments are required: RUN"),
         ("evaluate no/run", "no/run is not a run folder"),
+        ("report no/run --out x.html", "no/run is not a run folder"),
+        ("report", "the following arguments are required: RUN"),
         ("evaluate no/run --step last", "invalid int value: 'last'"),
     ],
 )
@@ -210,7 +212,7 @@ def test_tab_completes_in_a_real_bash(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("distcond ", "train sweep submit prepare evaluate explain export predict sync bench"),
+        ("distcond ", "train sweep submit prepare evaluate report explain export predict sync bench"),
         ("distcond export runs/a --", "--out --step --flatten --max-mib --bf16"),
         ("distcond predict ", ""),
         ("distcond bench ", "tree table exchange train halting"),
@@ -222,6 +224,7 @@ def test_tab_completes_in_a_real_bash(tmp_path: Path) -> None:
         ("distcond train --config-dir {own} data=min", "data=mine"),
         ("distcond train --config ", ""),
         ("distcond evaluate ru", ""),
+        ("distcond report runs/a --", "--out"),
         ("distcond sweep --", "--config --config-dir --help"),
         ("distcond train model.tree.depth=[ model=", ""),
     ],

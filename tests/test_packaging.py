@@ -51,6 +51,11 @@ def test_the_wheel_holds_every_resource(wheel: Path, resource: str) -> None:
     assert {f"distcond/{file.relative_to(ROOT).as_posix()}" for file in files} <= set(zipfile.ZipFile(wheel).namelist())
 
 
+def test_the_wheel_holds_what_the_report_is_made_of(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"distcond/report/page/{name}" for name in ("page.html.j2", "parts.html.j2", "style.css", "script.js")} <= set(names)
+
+
 @pytest.fixture(scope="module")
 def default() -> dict[str, Any]:
     return to_dict(compose([]))

@@ -24,7 +24,7 @@ def test_the_code_for_one_process_runs() -> None:
     exec(compile(blocks[0], "README.md", "exec"), {})  # the second one needs ranks: tests/train/test_initialize.py
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] not in {"evaluate", "bench", "sync"}], ids=" ".join)
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] not in {"evaluate", "report", "bench", "sync"}], ids=" ".join)
 def test_commands_compose(command: list[str]) -> None:
     compose([word for word in command if word not in {"train", "sweep", "submit", "prepare", "--dry-run"}])
 

@@ -1,4 +1,4 @@
-"""What a sweep tries: from `sweep.space` to the overrides of every trial, and the Pareto front of what came out.
+"""What a sweep tries: from `sweep.space` to the overrides of every trial.
 
 Pure: everything is decided before anything starts, so that a bad space is refused at once and a trial can be repeated
 by its overrides alone.
@@ -161,18 +161,3 @@ def _values_of(kind: list[Any] | Range | Choice) -> list[Any]:
     if isinstance(kind, Range):
         return [kind.tidy(kind.minimum), kind.tidy(kind.maximum)]
     return kind.values if isinstance(kind, Choice) else kind
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other point beats, by rising second coordinate; small is good in both.
-
-    A point is beaten by one that is no worse in both and better in one. Equal points stand or fall together; points
-    with a NaN never stand.
-    """
-    finite = [index for index, point in enumerate(points) if not any(math.isnan(value) for value in point)]
-    front = [index for index in finite if not any(_beats(points[other], points[index]) for other in finite)]
-    return sorted(front, key=lambda index: (points[index][1], index))
-
-
-def _beats(first: tuple[float, float], second: tuple[float, float]) -> bool:
-    return first != second and first[0] <= second[0] and first[1] <= second[1]

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from distcond.cluster.command_line import train_line
 from distcond.cluster.local import preflight, ray_session
 from distcond.cluster.policy import Room, ask_of, check_room, num_runs_at_once
 from distcond.cluster.search_space import corners, parse_space, plan_trials
@@ -33,6 +32,7 @@ from distcond.cluster.sweep_report import (
     show,
     table_of,
 )
+from distcond.command_line import train_line
 from distcond.compose import override
 from distcond.config import Config, DataConfig, Search, SweepConfig
 from distcond.data import absolute_paths, build_task

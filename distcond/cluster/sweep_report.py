@@ -13,11 +13,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from distcond.cluster.search_space import pareto_front
 from distcond.compose import load_config, override
 from distcond.config import Config
 from distcond.data.tasks import shape_of
 from distcond.errors import RunError
+from distcond.pareto import pareto_front
 from distcond.train.fits import cost_of
 from distcond.train.run_folder import check_continues
 

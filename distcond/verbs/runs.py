@@ -1,4 +1,4 @@
-"""The verbs that read the folders of runs: evaluate, sync."""
+"""The verbs that read the folders of runs: evaluate, report, sync."""
 
 from pathlib import Path
 
@@ -21,6 +21,21 @@ def evaluate(argv: list[str]) -> int:
     from distcond.evaluate import evaluate, table
 
     print(table(evaluate(args.run, args.step, args.against)))
+    return 0
+
+
+def report(argv: list[str]) -> int:
+    """`distcond report`."""
+    parser = Parser(prog="distcond report", description="One HTML page about runs; it needs no network.", allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders; curves and maps are those of the first one")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the folder of the first run")
+    args = parser.parse_args(argv)
+    configure_logging()
+    for run in args.runs:
+        _check_is_run(run)
+    from distcond.report import report
+
+    print(report(args.runs, args.out))
     return 0
 
 

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from distcond.cluster.search_space import Range, Scale, pareto_front, parse_space, plan_trials
+from distcond.cluster.search_space import Range, Scale, parse_space, plan_trials
 from distcond.errors import ConfigError
 
 
@@ -94,21 +94,3 @@ def test_a_bad_space_is_refused_in_one_line(space: dict[str, object], message: s
 def test_a_grid_is_not_repeated() -> None:
     with pytest.raises(ConfigError, match="would repeat the same trials"):
         plan_trials(parse_space({"seed": [0, 1]}), num_samples=2, seed=0)
-
-
-def test_pareto_front_by_hand() -> None:
-    points = [(1.0, 5.0), (2.0, 2.0), (3.0, 1.0), (3.0, 3.0), (1.0, 6.0), (2.0, 2.0), (math.nan, 0.0)]
-    assert pareto_front(points) == [2, 1, 5, 0]
-
-
-def test_pareto_front_beats_all_others_and_not_itself() -> None:
-    generator = random.Random(0)
-    points = [(generator.randrange(20), generator.randrange(20)) for _ in range(100)]
-    front = set(pareto_front(points))
-    for index, (quality, steps) in enumerate(points):
-        beaten = any(q <= quality and s <= steps and (q, s) != (quality, steps) for q, s in points)
-        assert beaten != (index in front)
-
-
-def test_pareto_front_of_nothing_is_empty() -> None:
-    assert pareto_front([]) == []

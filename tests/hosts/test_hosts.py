@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from distcond.cluster.command_line import overrides_of
+from distcond.command_line import overrides_of
 from distcond.config import Config
 from tests.cluster.processes import assert_same_end, last_step, processes_of, tensors_of, wait_until
 from tests.helpers import changed, text_config, train_run

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distcond.cluster.command_line import overrides_of
+from distcond.command_line import overrides_of
 from tests.cluster.processes import assert_same_end, last_step, wait_until
 from tests.helpers import changed
 from tests.hosts.conftest import Cluster

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from distcond.cluster.command_line import overrides_of, train_line
+from distcond.command_line import overrides_of, train_line
 from distcond.compose import compose
 from distcond.config import Config
 from tests.helpers import changed, small_config

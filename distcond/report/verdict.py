@@ -1,0 +1,220 @@
+"""The verdict in three sentences and the four figures of a proof of concept, made from figures alone.
+
+What was not measured, and which controls are missing, is said in the same breath as what was.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distcond.command_line import overrides_of
+from distcond.config import HaltingKind
+from distcond.report.gather import RunFacts, number
+from distcond.report.tree_map import TreeMap
+from distcond.report.words import duration, large, percent, plural, show
+from distcond.train.fits import cost_of
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One of the four figures."""
+
+    title: str
+    value: str
+    unit: str
+    lines: list[tuple[str, str]]
+    is_complete: bool
+    "Whether an evaluation measured it."
+
+
+def verdict(run: RunFacts, runs: Sequence[RunFacts], trees: Sequence[TreeMap]) -> list[str]:
+    """Three sentences about the first of the runs given, and the trees in it."""
+    return [_quality(run), _computation(run, trees), _not_shown(run, runs)]
+
+
+def quality_unit(run: RunFacts) -> str:
+    """Of the figure a run is judged by."""
+    return "bits per byte" if run.is_text else "sequences wrong"
+
+
+def quality_text(run: RunFacts, value: float | None) -> str:
+    """That figure in words."""
+    return show(value) if run.is_text else percent(value)
+
+
+def _quality(run: RunFacts) -> str:
+    task = "held-out text" if run.is_text else f"held-out examples of {run.config.data.name}"
+    if run.quality is None:
+        return f"{run.name} has no figure of quality yet: no validation is in its metrics, and it was not evaluated."
+    figure = f"{quality_text(run, run.quality)} {quality_unit(run)}"
+    if run.interval:
+        interval = f"95% interval {' to '.join(quality_text(run, end) for end in run.interval)}"
+    else:
+        interval = "by the validation of its training; without an interval, for it was not evaluated"
+    after = f"after {run.step:,} of {run.config.train.max_steps:,} updates"
+    return f"{run.name} reaches {figure} on {task} {after} ({interval})."
+
+
+def _computation(run: RunFacts, trees: Sequence[TreeMap]) -> str:
+    element = "byte" if run.is_text else "element"
+    cost = cost_of(run.config)
+    if run.steps is None or run.macs is None:
+        spent = f"How many ponder steps an {element} takes was not measured"
+    elif run.ponders:
+        most = cost.macs(run.most_steps)
+        spent = (
+            f"It executes {show(run.steps, 3)} ponder steps per {element} of {run.most_steps} allowed, {large(run.macs)} MACs, "
+            f"{percent(1 - run.macs / most)} less than {run.most_steps} steps for everyone would take"
+        )
+    else:
+        every = f"{plural(run.most_steps, 'step')} for every {element}"
+        spent = f"It executes {every}, {large(run.macs)} MACs, so no computation is saved by halting"
+    if not trees:
+        return f"{spent}; its weights are dense: every {element} uses all of them."
+    touched, of = sum(tree.path_numbers for tree in trees), sum(tree.numbers for tree in trees)
+    return (
+        f"{spent}; in each step its tree uses {large(touched)} of the {large(of)} weights that exist in it "
+        f"({percent(touched / of)}), those of the {run.config.model.tree.depth + 1} nodes on a path."
+    )
+
+
+def _not_shown(run: RunFacts, runs: Sequence[RunFacts]) -> str:
+    missing = _missing(run, runs)
+    shown = _shown(run)
+    if not missing:
+        return f"{shown}All controls that this page knows of are there."
+    return f"{shown}Not shown: {'; '.join(missing)}."
+
+
+def _shown(run: RunFacts) -> str:
+    """What the controls in the evaluation say."""
+    return _fixed_text(run) + _shuffled_text(run)
+
+
+def _fixed_text(run: RunFacts) -> str:
+    fixed = fixed_steps(run)
+    if not fixed or run.steps is None or not run.ponders:
+        return ""
+    mean = run.steps
+    nearest = min(fixed, key=lambda steps: abs(steps - mean))
+    figure = f"{quality_text(run, fixed[nearest])} {quality_unit(run)}"
+    return f"With {plural(nearest, 'step')} forced on everyone the same model has {figure}. "
+
+
+def _shuffled_text(run: RunFacts) -> str:
+    names = ("rank_correlation", "shuffled_low", "shuffled_high")
+    rank, low, high = (run.measured(f"control/steps_loss_{name}") for name in names)
+    if rank is None or low is None or high is None:
+        return ""
+    if low <= rank <= high:
+        return f"Steps follow the loss no more than shuffled ones do (rank correlation {show(rank, 2)}). "
+    where = "higher" if rank > high else "lower"
+    return f"More steps go where the loss is {where}, beyond what shuffled ones do (rank correlation {show(rank, 2)}). "
+
+
+def _missing(run: RunFacts, runs: Sequence[RunFacts]) -> list[str]:
+    halting = {other.config.model.halting.kind for other in runs}
+    seeds = {str(other.config.seed) for other in runs if _is_same_but_seed(run, other)} | seeds_beside(run).keys()
+    tests = (
+        (not run.evaluation, "an evaluation (interval, latency, memory)"),
+        (len(seeds) < 2, "whether another seed gives the same, for this is one"),
+        (run.has_tree and all(other.has_tree for other in runs), "the same model without its tree"),
+        (run.ponders and HaltingKind.none not in halting, "one step for everyone"),
+        (run.ponders and not has_fixed(run, runs), "a fixed number of steps with the same mean, the control for halting"),
+        (
+            run.ponders and run.measured("control/steps_loss_rank_correlation") is None,
+            "whether steps go with difficulty more than by chance",
+        ),
+    )
+    return [text for is_missing, text in tests if is_missing]
+
+
+def has_fixed(run: RunFacts, runs: Sequence[RunFacts]) -> bool:
+    """Whether there is one with as many steps as the run takes on average, among the runs or in the evaluation."""
+    fixed = [other.most_steps for other in runs if other.config.model.halting.kind == HaltingKind.fixed]
+    return any(run.steps is not None and abs(steps - run.steps) <= 0.5 for steps in [*fixed, *fixed_steps(run)])
+
+
+def fixed_steps(run: RunFacts) -> dict[int, float]:
+    """Quality of the run by a number of steps that was forced on everyone, from the evaluation."""
+    found = run.evaluation.get("control/fixed_steps")
+    values = {key: number(found, key) for key in found if key.isdigit()} if isinstance(found, dict) else {}
+    return {int(key): value for key, value in values.items() if value is not None}
+
+
+def _is_same_but_seed(run: RunFacts, other: RunFacts) -> bool:
+    own, its = run.config, other.config
+    return (own.model, own.data, own.optim) == (its.model, its.data, its.optim)
+
+
+def cards(run: RunFacts) -> list[Card]:
+    """Operating cost, accuracy, latency, maintainability."""
+    return [_operating_cost(run), _accuracy(run), _latency(run), _maintainability(run)]
+
+
+def _operating_cost(run: RunFacts) -> Card:
+    element = "byte" if run.is_text else "element"
+    memory = run.measured("peak_memory_gib")
+    lines = [
+        ("ponder steps", _steps_text(run)),
+        ("MACs per example", large(run.measured("macs_per_example"))),
+        ("bytes touched per example", large(run.measured("bytes_touched_per_example"))),
+        ("peak memory", "–" if memory is None else f"{show(memory, 3)} GiB"),
+    ]
+    return Card("Operating cost", large(run.macs), f"MACs per {element}", lines, _has(run, "bytes_touched_per_example"))
+
+
+def _steps_text(run: RunFacts) -> str:
+    ends = [run.measured(f"val/ponder/steps_{name}") for name in ("p50", "p95")]
+    known = "" if None in ends else f" (median {show(ends[0], 3)}, 95% within {show(ends[1], 3)})"
+    return show(run.steps, 3) + known
+
+
+def _accuracy(run: RunFacts) -> Card:
+    key = run.quality_key
+    interval = run.interval
+    parts = {"hardest tenth of examples": f"{key}/hardest_tenth", "rare leaves": f"{key}/rare_leaves"}
+    lines = [("95% interval", "–" if interval is None else " to ".join(quality_text(run, end) for end in interval))]
+    lines += [(label, quality_text(run, run.measured(name))) for label, name in parts.items()]
+    return Card("Accuracy", quality_text(run, run.quality), quality_unit(run), lines, _has(run, f"{key}/low"))
+
+
+def _latency(run: RunFacts) -> Card:
+    single = run.measured("latency_ms/batch_1/p50")
+    lines = []
+    for size in (1, 32, 1024):
+        figures = [run.measured(f"latency_ms/batch_{size}/{name}") for name in ("p50", "p95", "p99")]
+        if any(figure is not None for figure in figures):
+            lines.append((f"batch {size:,}: p50, p95, p99", ", ".join(show(figure, 3) for figure in figures) + " ms"))
+    for key, unit in (("throughput_per_s", "examples"), ("throughput_positions_per_s", "positions")):
+        if (throughput := run.measured(key)) is not None:
+            lines.append(("throughput", f"{large(throughput)} {unit}/s"))
+    value = single if single is not None else run.measured("latency_ms")
+    return Card(
+        "Latency", show(value, 3), "ms, one example" if value is not None else "", lines, _has(run, "latency_ms/batch_1/p50")
+    )
+
+
+def _maintainability(run: RunFacts) -> Card:
+    settings = run.evaluation.get("maintainability/settings_changed")
+    number_of = len(settings) if isinstance(settings, dict) else num_settings(run)
+    seeds = seeds_beside(run)
+    known = ", ".join(f"seed {seed}: {quality_text(run, value)}" for seed, value in sorted(seeds.items())[:4])
+    lines = [("seeds that finished", show(run.measured("maintainability/num_seeds_finished"))), ("", known)] if known else []
+    lines.append(("time to retrain", duration(run.measured("maintainability/retrain_s"))))
+    return Card("Maintainability", str(number_of), "settings differ from defaults", lines, _has(run, "maintainability/retrain_s"))
+
+
+def seeds_beside(run: RunFacts) -> dict[str, float]:
+    """Quality by seed of the runs that are this one but for the seed, from the evaluation."""
+    found = run.evaluation.get("maintainability/seeds")
+    seeds = {str(seed): value for seed, value in found.items() if isinstance(value, dict)} if isinstance(found, dict) else {}
+    return {seed: quality for seed, value in seeds.items() if (quality := number(value, "quality")) is not None}
+
+
+def num_settings(run: RunFacts) -> int:
+    """Settings that differ from what `distcond train` composes by itself, but for the names of the run."""
+    return sum(not word.startswith("run.") for word in overrides_of(run.config))
+
+
+def _has(run: RunFacts, key: str) -> bool:
+    return run.measured(key) is not None

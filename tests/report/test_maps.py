@@ -1,0 +1,120 @@
+"""What is read from a model: exact parts of an output, norms, flips, and maps in which no token is lost."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from distcond.nn import TreeLinear
+from distcond.ops import first_node
+from distcond.report.levels import contributions, flipped, node_norms, visits
+from distcond.report.probe import LayerUse
+from distcond.report.tree_map import MOST_BOXES, _boxes, _visited, path_of, tree_map
+
+OPTIONS = {
+    "dense": {"depth": 3, "storage": "dense"},
+    "low rank": {"depth": 5, "full_depth": 2, "rank": 2, "storage": "lazy"},
+    "forest": {"depth": 3, "full_depth": 1, "rank": 2, "num_trees": 2, "storage": "lazy"},
+    "scaled": {"depth": 3, "full_depth": 1, "rank": 2, "gate_gradient": "magnitude", "storage": "dense"},
+    "no bias": {"depth": 2, "bias": False, "storage": "lazy"},
+}
+
+
+def make_layer(depth: int, x_TQ: torch.Tensor, **options: object) -> TreeLinear:
+    """A layer whose nodes on the paths of x exist and are not zero."""
+    torch.manual_seed(0)
+    layer = TreeLinear(x_TQ.shape[1], 6, depth, **options)  # type: ignore[arg-type]
+    layer(x_TQ).sum().backward()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+        for _, store in layer.table.stores() if layer.table is not None else ():
+            store.settle()
+            store.data.normal_()
+    return layer.eval()
+
+
+@pytest.fixture(name="x_TQ")
+def make_inputs() -> torch.Tensor:
+    return torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_levels_add_up_to_the_output(options: dict[str, object], x_TQ: torch.Tensor) -> None:
+    layer = make_layer(x_TQ=x_TQ, **options)  # type: ignore[arg-type]
+    parts = contributions(layer, x_TQ)
+    assert len(parts) == layer.depth + 1 and float(parts[-1].abs().max()) > 0
+    # fp32, sums of eight products of numbers about 1, in another order.
+    torch.testing.assert_close(parts.sum(0).flatten(1), layer(x_TQ).detach(), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_norms_are_those_of_the_matrices(options: dict[str, object], x_TQ: torch.Tensor) -> None:
+    layer = make_layer(x_TQ=x_TQ, **options)  # type: ignore[arg-type]
+    keys, norms = node_norms(layer)
+    assert len(keys) == layer.num_materialized and bool((keys[1:] > keys[:-1]).all())
+    for key, norm in zip(keys.tolist(), norms.tolist(), strict=True):
+        level = next(level for level in range(layer.depth + 1) if key < first_node(level + 1, layer.num_trees))
+        inside = key - first_node(level, layer.num_trees)
+        tree, node = inside >> level, 2**level - 1 + (inside & ((1 << level) - 1))
+        assert norm == pytest.approx(float(layer.node_weight(node, tree).detach().norm()), rel=1e-4)
+
+
+def use_of(layer: TreeLinear, leaves: torch.Tensor) -> LayerUse:
+    leaf_V, count_V = leaves.unique(return_counts=True)
+    return LayerUse(leaf_V, count_V, torch.zeros(0, layer.in_features), None)
+
+
+@pytest.mark.parametrize("depth", [1, 12, 62])
+def test_a_tree_of_any_depth_is_drawn_in_few_boxes_that_hold_every_token(depth: int) -> None:
+    layer = TreeLinear(4, 4, depth, full_depth=0, rank=1, storage="lazy")
+    assert layer.table is not None
+    leaves = torch.randint(2**depth, (8000,), generator=torch.Generator().manual_seed(0))
+    use = use_of(layer, leaves)
+    for level in range(depth + 1):
+        layer.table.ensure_rows("low" if level else "full", visits(use, depth, level)[0] + 2**level - 1)
+    keys, norms = node_norms(layer)
+    levels = _visited(layer, use, 0, keys, norms)
+    boxes = _boxes(levels)
+    assert len(boxes) <= MOST_BOXES
+    for level in range(depth + 1):
+        here = [box for box in boxes if box.level == level]
+        assert sum(box.tokens for box in here) == 8000
+        assert sum(box.number for box in here) == len(visits(use, depth, level)[0])
+        assert math.isclose(sum(box.width for box in here), 1, rel_tol=1e-9)
+        assert all(left.left + left.width <= right.left + 1e-9 for left, right in itertools.pairwise(here))
+
+
+def test_only_narrow_neighbours_become_one() -> None:
+    layer = TreeLinear(4, 4, 10, storage="lazy")
+    assert layer.table is not None
+    leaves = torch.cat([torch.zeros(10_000), torch.arange(500, 600), torch.full((10_000,), 1023)]).long()
+    use = use_of(layer, leaves)
+    layer.table.ensure_rows("full", visits(use, 10, 10)[0] + 1023)
+    (*_, last) = _visited(layer, use, 0, *node_norms(layer))
+    assert [(box.number, box.tokens) for box in _boxes([last])] == [(1, 10_000), (100, 100), (1, 10_000)]
+
+
+def test_nodes_are_named_by_their_bits(tmp_path: object, x_TQ: torch.Tensor) -> None:
+    layer = make_layer(3, x_TQ, num_trees=2, storage="dense")
+    leaf_TM = layer.leaf(x_TQ) + (torch.arange(2) << 3)
+    found = tree_map("x", layer, use_of(layer, leaf_TM.flatten()), [], tmp_path, 0)  # type: ignore[arg-type]
+    codes = layer.codes(x_TQ)
+    for node in found.nodes:
+        tree, _, bits = path_of(layer, node).partition(": ")
+        wanted = torch.tensor([bit == "1" for bit in bits if bits != "root"], dtype=torch.bool)
+        on_path = (codes[:, int(tree), : len(wanted)] == wanted).all(1)
+        assert node.tokens == int(on_path.sum()) and node.width == pytest.approx(node.tokens / len(x_TQ))
+    assert len(found.icicles) == 2 and sum(found.leaf_loads) == pytest.approx(2)
+    assert found.path_numbers == 2 * 4 * (3 * 8 + 3) and found.numbers == 30 * (3 * 8 + 3)
+
+
+def test_a_flipped_bit_is_that_bit_alone(x_TQ: torch.Tensor) -> None:
+    layer = make_layer(3, x_TQ, num_trees=2, storage="dense")
+    before = layer.codes(x_TQ)
+    with flipped(layer, 2):
+        changed = layer.codes(x_TQ) != before
+    assert np.array_equal(changed.numpy(), np.broadcast_to([False, True, False], before.shape))
+    assert torch.equal(layer.codes(x_TQ), before)
