@@ -24,7 +24,7 @@ CASES = 3
 "The most cases of a test that all run every time."
 
 STARTING_RANKS = (
-    *("tests/train/", "tests/golden/", "tests/deploy/", "tests/report/"),
+    *("tests/train/", "tests/golden/", "tests/deploy/", "tests/report/", "tests/cluster/test_initial.py"),
     *("tests/test_evaluate.py", "tests/test_bench.py", "tests/optim/test_growth.py"),
 )
 "Files that fork ranks from a server (tests/helpers.py); under `-n 2` they share one worker, hence one server and one `text_run`."

@@ -241,7 +241,7 @@ def test_override_is_typed_and_leaves_the_original_alone() -> None:
 def test_override_judges_the_values_together() -> None:
     config = override(Config(), {"cluster.num_workers": 3, "data.global_batch_size": 33})  # 3 alone does not divide
     assert (config.cluster.num_workers, config.data.global_batch_size) == (3, 33)
-    with pytest.raises(ConfigError, match=r"takes 9 bits .* but model\.width=8"):
+    with pytest.raises(ConfigError, match=r"takes 9 bits .* which has 8 \(model\.width=8\)"):
         override(Config(), {"model.tree.gate": "sign", "model.tree.depth": 9, "model.width": 8})
 
 
@@ -251,7 +251,7 @@ def test_override_judges_the_values_together() -> None:
         ("model.tree.dpth", 4, "there is no key model.tree.dpth; did you mean model.tree.depth?"),
         ("model.tree.depth", "deep", "model.tree.depth=deep: needed is a whole number."),
         ("model.tree.depth", -1, "model.tree.depth=-1 is outside 0..62"),
-        ("model.tree.num_trees", 3, "model.tree.num_trees=3 does not divide the 512 outputs of the tree layer; use 2 or 4."),
+        ("model.tree.num_trees", 3, "model.tree.num_trees=3 does not divide the 512 outputs of the tree layer up; use 2 or 4."),
         ("model.tree.num_trees", 0, "model.tree.num_trees=0 is below 1; use 1 or more."),
         ("model.tree.min_visits", 0, "model.tree.min_visits=0 is below 1; use 1 or more."),
         ("model.tree.max_nodes", 0, "model.tree.max_nodes=0 is below 1; the root of a tree always exists"),

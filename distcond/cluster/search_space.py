@@ -17,6 +17,7 @@ from distcond.errors import ConfigError
 RESERVED_KEYS = (
     "run",
     "sweep",
+    "train.init_from",
     "train.max_steps",
     "train.eval_every",
     "cluster.name",

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from distcond.cluster.initial import check_start, parent_of
 from distcond.cluster.local import preflight, ray_session
 from distcond.cluster.policy import Room, ask_of, check_room, num_runs_at_once
 from distcond.cluster.search_space import corners, parse_space, plan_trials
@@ -64,6 +65,7 @@ def sweep(config: Config) -> int:
     memory = Memory(started=set(kept), ended=set(kept), kept=kept)
     for trial in planned:
         preflight(trial.config.cluster)
+    check_start([trial.config for trial in planned])
     open_data(planned)
     report = Report(config.sweep.name, quality_metric(planned[0].config), trials, number, folder, memory)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -186,11 +188,12 @@ def stop(trials: Sequence[Trial], timeout_s: float) -> None:
 
 
 def name_sweep(config: Config) -> Config:
-    """The configuration with an absolute run.dir and a sweep.name (`sweep-<yyyymmdd-hhmmss>` where it was empty)."""
+    """The configuration with absolute folders and a sweep.name (`sweep-<yyyymmdd-hhmmss>` where it was empty)."""
     name = config.sweep.name or time.strftime("sweep-%Y%m%d-%H%M%S")
     if "/" in name or name in {".", ".."}:
         raise ConfigError(f"sweep.name={name!r} must be a plain folder name; put the folder into run.dir.")
-    return override(config, {"run.dir": str(Path(config.run.dir).expanduser().resolve()), "sweep.name": name})
+    folders = {"run.dir": str(Path(config.run.dir).expanduser().resolve()), "train.init_from": parent_of(config)}
+    return override(config, {**folders, "sweep.name": name})
 
 
 def base_of(config: Config) -> Config:

@@ -20,6 +20,7 @@ import psutil
 from rich.console import Console
 
 from distcond.cluster.host import LOOPBACK, data_identity, this_host
+from distcond.cluster.initial import check_start, parent_of
 from distcond.cluster.local import preflight, ray_session
 from distcond.cluster.notes import passed_on
 from distcond.cluster.policy import ask_of, culprits, failure_line, threads_per_worker
@@ -48,9 +49,10 @@ RESTARTS = "restarts.log"
 
 
 def name_run(config: Config) -> Config:
-    """The configuration with an absolute run.dir and a run.name (`<model>-<data>-<yyyymmdd-hhmmss>` where it was empty)."""
+    """The configuration with absolute folders and a run.name (`<model>-<data>-<yyyymmdd-hhmmss>` where it was empty)."""
     name = config.run.name or f"{config.model.name}-{config.data.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return override(config, {"run.dir": str(Path(config.run.dir).expanduser().resolve()), "run.name": name})
+    folders = {"run.dir": str(Path(config.run.dir).expanduser().resolve()), "train.init_from": parent_of(config)}
+    return override(config, {**folders, "run.name": name})
 
 
 def prepare_run(config: Config) -> Path:
@@ -166,10 +168,13 @@ def launch(config: Config) -> dict[str, Any]:
     preflight(config.cluster)
     config = name_run(config)
     config = replace(config, data=absolute_paths(config.data))  # workers run in other folders
+    start_line = "" if config.run.fork else check_start([config])
     build_task(config.data)  # prepares a text, or refuses it, before anything is started
     console, is_fork = Console(), config.run.fork
     if is_fork:
         config = _forked(config, console)
+    if start_line:
+        console.print(start_line, markup=False, highlight=False, soft_wrap=True)
     prepare_run(config)
     folder = run_folder(config)
     has_ray, num_signals = threading.Event(), 0
@@ -223,6 +228,12 @@ def _forked(config: Config, console: Console) -> Config:
     # NOTE: torch, which reads checkpoints, takes 2 s to import; nothing else here needs it.
     from distcond.train.fork import fork_run
 
+    old = run_folder(config).config_file
+    if config.train.init_from and old.is_file() and load_config(old).train.init_from != config.train.init_from:
+        raise RunError(
+            f"run.fork=true starts from a checkpoint of run.name={config.run.name}, train.init_from={config.train.init_from} "
+            "from another; leave one of them out."
+        )
     forked, step = fork_run(config)
     line = f"fork  {config.run.name} at step {step} goes on as run.name={forked.run.name}"
     console.print(line, markup=False, highlight=False, soft_wrap=True)

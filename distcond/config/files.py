@@ -17,8 +17,8 @@ MAX_VALUES = 100_000
 "Of a file, once its aliases are written out: ten lines of YAML can stand for 10**9 values."
 MAX_DEPTH = 50
 "Of mappings and lists inside of each other; a run has 3."
-PATHS = ("run.dir", "run.name", "sweep.name", "data.cache_dir")
-"Keys whose texts become names of folders."
+PATHS = ("run.dir", "run.name", "sweep.name", "data.cache_dir", "train.init_from")
+"Keys whose texts are names of folders."
 MAX_NAME, MAX_PATH = 200, 3000
 "Bytes; file systems have 255 and 4096, and some are added."
 FUNCTIONS = ("now", "oc.select")

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from distcond.config.check import nearest_divisors, need
 from distcond.config.choices import CellName, GateGradient, GateName, HaltingKind, ModelName, Storage
@@ -12,12 +12,23 @@ EMBEDDING = 16
 "Numbers that a byte of the window is embedded as (mlp on text)."
 
 
+class Matrix(NamedTuple):
+    """A linear layer of a model that may be a tree."""
+
+    inputs: int
+    outputs: int
+    has_bias: bool = True
+
+
 @dataclass(kw_only=True, slots=True)
 class TreeConfig:
     """The tree of weight matrices (Cho & Bengio 2014). `depth: 0` is an ordinary dense layer."""
 
     depth: int = 0
     "K, the number of bits that choose a leaf; 2**K leaves; 0 to 62."
+    layers: list[str] = field(default_factory=list)
+    """Layers that are trees, alike and each with bits of its own. transformer: any of up, down (feed-forward part), qkv, merge
+    (attention); rnn, mlp: linear, their only one. Empty: up, or linear."""
     full_depth: int | None = None
     "Levels up to this one hold full matrices, deeper ones low-rank factors; >= 0; null: every level is full."
     num_trees: int = 1
@@ -146,7 +157,7 @@ class ModelConfig:
     heads: int = 4
     "Attention heads; divides width (transformer)."
     feed_forward: int = 512
-    "Hidden units of the feed-forward part, whose first matrix is the tree (transformer); >= 1."
+    "Hidden units of the feed-forward part (transformer); >= 1."
     cell: CellName = CellName.tanh
     "Recurrent cell, whose matrix is the tree (rnn)."
     window: int = 16
@@ -156,13 +167,23 @@ class ModelConfig:
     halting: HaltingConfig = field(default_factory=HaltingConfig)
     "The number of ponder steps."
 
-    @property
-    def tree_outputs(self) -> int:
-        """Outputs of the layer that is a tree."""
+    def matrices(self, input_size: int = 0) -> dict[str, Matrix]:
+        """The layers that may be trees by name, first the one that is a tree where `tree.layers` names none.
+
+        input_size: numbers of an element, which the matrix of an rnn reads beside the state.
+        """
+        width, hidden = self.width, self.feed_forward
         if self.name == ModelName.transformer:
-            return self.feed_forward
-        is_gated = self.name == ModelName.rnn and self.cell != CellName.tanh
-        return 4 * self.width if is_gated else self.width
+            feed_forward = {"up": Matrix(width, hidden), "down": Matrix(hidden, width)}
+            return {**feed_forward, "qkv": Matrix(width, 3 * width, False), "merge": Matrix(width, width, False)}
+        if self.name == ModelName.mlp:
+            return {"linear": Matrix(width, width)}
+        return {"linear": Matrix(input_size + 1 + width, (1 if self.cell == CellName.tanh else 4) * width)}
+
+    @property
+    def tree_layers(self) -> list[str]:
+        """Names of the layers that are trees, if `tree.depth` is above 0."""
+        return self.tree.layers or list(self.matrices())[:1]
 
     @property
     def is_shipped(self) -> bool:
@@ -178,13 +199,35 @@ class ModelConfig:
             self.name != ModelName.transformer or (self.heads >= 1 and self.width % self.heads == 0),
             f"model.width={self.width} is not divisible by model.heads={self.heads}; use a number of heads that divides it.",
         )
-        need(
-            not self.is_shipped or self.tree.gate != GateName.sign or self.tree.num_trees * self.tree.depth <= self.width,
-            f"model.tree.gate=sign takes {self.tree.num_trees * self.tree.depth} bits (model.tree.num_trees x model.tree.depth) "
-            f"from the state, but model.width={self.width}; use a smaller depth.",
-        )
-        need(
-            not self.is_shipped or self.tree_outputs % self.tree.num_trees == 0,
-            f"model.tree.num_trees={self.tree.num_trees} does not divide the {self.tree_outputs} outputs of the tree layer; "
-            f"use {nearest_divisors(self.tree_outputs, self.tree.num_trees)}.",
-        )
+        if self.is_shipped:
+            self._check_layers()
+        else:
+            need(
+                not self.tree.layers,
+                f"model.tree.layers={self.tree.layers} is for models that ship with distcond; model.name={self.name} chooses its "
+                "own trees: leave it empty.",
+            )
+
+    def _check_layers(self) -> None:
+        """Refuse trees that a layer of this model cannot be."""
+        tree, matrices = self.tree, self.matrices()
+        for layer in tree.layers:
+            wrong = "is no layer of model.name=" + self.name if layer not in matrices else "is there twice"
+            need(
+                layer in matrices and tree.layers.count(layer) == 1,
+                f"model.tree.layers={tree.layers}: {layer} {wrong}; use some of {', '.join(matrices)}, each once.",
+            )
+        bits = tree.num_trees * tree.depth
+        for layer in self.tree_layers:
+            outputs = matrices[layer].outputs
+            inputs = self.width if self.name == ModelName.rnn else matrices[layer].inputs
+            need(
+                tree.gate != GateName.sign or bits <= inputs,
+                f"model.tree.gate=sign takes {bits} bits (model.tree.num_trees x model.tree.depth) from the inputs of {layer}, "
+                f"which has {inputs} (model.width={self.width}); use a smaller depth.",
+            )
+            need(
+                outputs % tree.num_trees == 0,
+                f"model.tree.num_trees={tree.num_trees} does not divide the {outputs} outputs of the tree layer {layer}; "
+                f"use {nearest_divisors(outputs, tree.num_trees)}.",
+            )

@@ -64,6 +64,9 @@ class TrainConfig:
     "Steps between validations; >= 1. The last step is always validated."
     max_bad_steps: int = 10
     "Steps in a row without a finite loss and gradient (each is left out) before a run goes back to a checkpoint; >= 1."
+    init_from: str = ""
+    """A run, by its folder or its name in run.dir, from whose newest checkpoint a new one takes the weights: the same function,
+    as a tree where model.tree makes a linear layer one. Empty: fresh weights."""
     profile: bool = False
     "Write a torch profiler trace of steps 5 to 9 into RUN/logs/profile."
     peak_tflops: float | None = None

@@ -22,10 +22,10 @@ class TreeOptions:
     max_nodes: int | None = None
 
 
-def make_linear(in_features: int, out_features: int, tree: TreeOptions) -> nn.Module:
+def make_linear(in_features: int, out_features: int, tree: TreeOptions, *, bias: bool = True) -> nn.Module:
     """A linear layer, or a tree of them."""
     if tree.depth == 0:
-        return nn.Linear(in_features, out_features)
+        return nn.Linear(in_features, out_features, bias=bias)
     return TreeLinear(
         in_features,
         out_features,
@@ -36,6 +36,7 @@ def make_linear(in_features: int, out_features: int, tree: TreeOptions) -> nn.Mo
         gate_gradient=tree.gate_gradient,
         storage=tree.storage,
         num_trees=tree.num_trees,
+        bias=bias,
         min_visits=tree.min_visits,
         max_nodes=tree.max_nodes,
     )

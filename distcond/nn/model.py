@@ -120,7 +120,7 @@ def with_loss(body: nn.Module, config: ModelConfig, *, is_text: bool, num_classe
 def _build_body(config: ModelConfig, is_text: bool, input_size: int, output_size: int) -> nn.Module:
     tree = tree_options(config.tree)
     if config.name == ModelName.transformer:
-        block = Block(config.width, config.heads, config.feed_forward, tree)
+        block = Block(config.width, config.heads, config.feed_forward, tree, config.tree_layers)
         return Transformer(block, pondering(block, config.width, config.halting), config.width, output_size)
     if config.name == ModelName.mlp:
         ponder = pondering(ResidualCell(config.width, tree), config.width, config.halting)

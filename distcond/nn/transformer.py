@@ -6,6 +6,8 @@ over its steps forms only its output.
 Legend: B sequences, T positions, R rows (positions) still running of B x T, D width, H heads, V vocabulary.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -21,18 +23,19 @@ MOST = 0.75
 class Block(nn.Module):
     """Attention and feed-forward part over the rows still running; the cell of the ponder steps.
 
-    The first matrix of the feed-forward part may be a tree. `start` is called once per batch, before the first step.
+    layers: which of qkv, merge, up and down are trees. `start` is called once per batch, before the first step.
     """
 
-    def __init__(self, width: int, heads: int, feed_forward: int, tree: TreeOptions) -> None:
+    def __init__(self, width: int, heads: int, feed_forward: int, tree: TreeOptions, layers: Collection[str]) -> None:
         super().__init__()
         self.heads = heads
         self.first_step = nn.Linear(1, width, bias=False)
         self.attention_norm, self.feed_forward_norm = nn.RMSNorm(width), nn.RMSNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.merge = nn.Linear(width, width, bias=False)
-        self.up = make_linear(width, feed_forward, tree)
-        self.down = nn.Linear(feed_forward, width)
+        kinds = {name: tree if name in layers else TreeOptions() for name in ("qkv", "merge", "up", "down")}
+        self.qkv = make_linear(width, 3 * width, kinds["qkv"], bias=False)
+        self.merge = make_linear(width, width, kinds["merge"], bias=False)
+        self.up = make_linear(width, feed_forward, kinds["up"])
+        self.down = make_linear(feed_forward, width, kinds["down"])
         self._shape = (0, 0)
         self._seen: Tensor | None = None
 

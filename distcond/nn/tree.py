@@ -108,14 +108,14 @@ class TreeLinear(nn.Module):
         self.table = None if storage == "dense" else self.layout
         if self.table is None:
             add_parameters(self, self.layout)
-        self._set_root(root.weight, root.bias)
+        self.set_root(root.weight, root.bias)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, depth: int, **options: Any) -> Self:
         """A tree that computes the same function as `linear`, with its weights at the root and room to grow."""
         layer = cls(linear.in_features, linear.out_features, depth, bias=linear.bias is not None, **options)
         layer.to(linear.weight)
-        layer._set_root(linear.weight, linear.bias)
+        layer.set_root(linear.weight, linear.bias)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,6 +184,21 @@ class TreeLinear(nn.Module):
         """Nodes that exist (lazy: on this rank)."""
         return self.layout.num_ids if self.table is None else self.table.num_nodes
 
+    @torch.no_grad()
+    def set_root(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Give a new layer the matrix [out, in] and bias [out] of a linear layer; nodes below the root are zeros or not there."""
+        weight_MPQ = weight.unflatten(0, (self.num_trees, -1))
+        bias_MP = None if bias is None else bias.unflatten(0, (self.num_trees, -1))
+        if self.table is not None:
+            flat_MW = weight_MPQ.flatten(1) if bias_MP is None else torch.cat([weight_MPQ.flatten(1), bias_MP], dim=1)
+            store = self.table.full
+            store.replace(self._trees().to(store.keys.device), flat_MW.to(store.data))
+            self.table.growth.num_nodes = self.num_trees
+            return
+        self.weight[: self.num_trees] = weight_MPQ
+        if bias_MP is not None:
+            self.bias[: self.num_trees] = bias_MP
+
     def shard(self, plan: SubtreePlan, collective: Collective) -> None:
         """Keep only this rank's nodes of a lazy table and exchange tokens with the other ranks from now on."""
         assert self.table is not None, "only lazy tables are sharded"
@@ -234,20 +249,6 @@ class TreeLinear(nn.Module):
         )
 
     # ---- nodes -------------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _set_root(self, weight: Tensor, bias: Tensor | None) -> None:
-        weight_MPQ = weight.unflatten(0, (self.num_trees, -1))
-        bias_MP = None if bias is None else bias.unflatten(0, (self.num_trees, -1))
-        if self.table is not None:
-            flat_MW = weight_MPQ.flatten(1) if bias_MP is None else torch.cat([weight_MPQ.flatten(1), bias_MP], dim=1)
-            store = self.table.full
-            store.replace(self._trees().to(store.keys.device), flat_MW.to(store.data))
-            self.table.growth.num_nodes = self.num_trees
-            return
-        self.weight[: self.num_trees] = weight_MPQ
-        if bias_MP is not None:
-            self.bias[: self.num_trees] = bias_MP
 
     def _parameters_of_nodes(self) -> tuple[Tensor, ...]:
         return () if self.table is not None else (self.weight, self.bias, self.right, self.left)

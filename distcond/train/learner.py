@@ -55,7 +55,7 @@ def _layer_cost(layer: nn.Linear | TreeLinear) -> tuple[int, int]:
         gate=GateName(layer.gate.kind if layer.gate is not None else "linear"),
         max_nodes=layer.layout.growth.max_nodes,
     )
-    cost = tree_cost(layer.in_features, layer.out_features, tree)
+    cost = tree_cost(layer.in_features, layer.out_features, tree, has_bias=layer.has_bias)
     return (0 if layer.table is None else cost.node_parameters), cost.macs
 
 

@@ -31,6 +31,9 @@ from distcond.train.state import Hook, Run, start_run, tensors
 
 log = logging.getLogger(__name__)
 
+NOTHING = -1
+"The step after which a run that begins has rows to take back: its first may be of step 0."
+
 
 def run_training(
     config: Config, folder: RunFolder, feeder: Feeder, settings: dict[str, Any], note: Callable[[str], None] = log.warning
@@ -63,6 +66,10 @@ def run_training(
 def train(run: Run, hooks: Sequence[Hook]) -> bool:
     """Step by step to the end; False where that is out of sight, for too many steps in a row were bad."""
     try:
+        if run.step == 0 and run.config.train.init_from:
+            for hook in hooks:
+                if isinstance(hook, ValidationHook):
+                    hook.after_step(run)  # what the weights it starts from are worth
         while not run.is_last:
             train_step(run)
             if run.bad_steps >= run.config.train.max_bad_steps:
@@ -117,7 +124,7 @@ def make_hooks(run: Run, task: Task, settings: dict[str, Any]) -> list[Hook]:
     if run.engine.tables.world.rank == 0:
         write_json(folder.environment_file, environment(task))
         wandb = wandb_run(folder.path, config.tracking, settings)
-        tracker = Tracker(folder.path, wandb, config.tracking.mode.value, run.step)
+        tracker = Tracker(folder.path, wandb, config.tracking.mode.value, run.step or NOTHING)
     cost = cost_for(config.model, task, run.learner.body)
     hooks: list[Hook] = [
         StopHook(),

@@ -25,6 +25,8 @@ MAY_CHANGE = (
     "data.cache_dir",
 )
 "Keys, by prefix, that may differ when a run is continued: length, logging, workers, ZeRO stage."
+MUST_STAY = frozenset({"train.init_from"})
+"Keys among those that may not: they decide results."
 RANKS_POLL_S = 0.1
 
 
@@ -104,11 +106,11 @@ def check_continues(old: Config, new: Config, folder: Path) -> None:
 
     Raises RunError that names the keys. May differ: length, logging, workers, ZeRO stage.
     """
-    before, after = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
+    before, after = flat(dataclasses.asdict(old)), flat(dataclasses.asdict(new))
     differ = [
         f"{key}={after.get(key)!r} (was {before.get(key)!r})"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(MAY_CHANGE)
+        if before.get(key) != after.get(key) and (key in MUST_STAY or not key.startswith(MAY_CHANGE))
     ]
     if differ:
         raise RunError(
@@ -128,7 +130,8 @@ def _this_process() -> str:
     return f"process {os.getpid()} on {platform.node()}"
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Values of mappings inside of each other by dotted key; an empty mapping has none."""
     if not isinstance(value, dict):
         return {prefix: value}
-    return {key: leaf for name, part in value.items() for key, leaf in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
+    return {key: leaf for name, part in value.items() for key, leaf in flat(part, f"{prefix}.{name}".lstrip(".")).items()}

@@ -20,6 +20,7 @@ from distcond.table import Collective
 from distcond.train.checkpoint import newest_checkpoint, read_dense, read_state, set_aside
 from distcond.train.checkpoint_writer import CheckpointWriter, name_of
 from distcond.train.engine import Engine
+from distcond.train.grow import start_from
 from distcond.train.learner import learner_for
 from distcond.train.metrics import Meter
 from distcond.train.run_folder import RunFolder
@@ -85,6 +86,8 @@ def start_run(config: Config, folder: RunFolder, feeder: Feeder, task: Task, not
     checkpoint = _agreed_checkpoint(folder.checkpoints, note)
     done: dict[str, Any] = {}
     if checkpoint is None:
+        if config.train.init_from:
+            done = {"summary": {"init_from": _take_weights(learner, Path(config.train.init_from), note)}}
         engine = Engine(learner, config)
     else:
         state, dense = read_state(checkpoint), read_dense(checkpoint, learner)
@@ -105,8 +108,20 @@ def start_run(config: Config, folder: RunFolder, feeder: Feeder, task: Task, not
     return Run(config, folder, feeder, engine, learner, note, budget=budget, **done)
 
 
-def _agreed_checkpoint(folder: Path, note: Callable[[str], None]) -> Path | None:
-    """The checkpoint that rank 0 finds intact; newer ones are set aside, and the user is told. Collective."""
+def _take_weights(learner: Learner, parent: Path, note: Callable[[str], None]) -> dict[str, Any]:
+    """Start a model from the newest intact checkpoint of another run; returns which one that is, for the summary. Collective."""
+    folder = RunFolder(parent).checkpoints
+    checkpoint = _agreed_checkpoint(folder, note, is_own=False)
+    if checkpoint is None:
+        raise RunError(f"train.init_from={parent} has no checkpoint to start from; train that run to its first one.")
+    start_from(learner, checkpoint)
+    step = int(read_state(checkpoint)["step"])
+    log.info("Starting from %s at step %d.", parent, step)
+    return {"run": str(parent), "step": step}
+
+
+def _agreed_checkpoint(folder: Path, note: Callable[[str], None], *, is_own: bool = True) -> Path | None:
+    """The checkpoint that rank 0 finds intact; the user is told of newer ones, which are set aside in an own run. Collective."""
     world = Collective()
     none, refused = -1, -2
     step = torch.tensor([none])
@@ -120,7 +135,8 @@ def _agreed_checkpoint(folder: Path, note: Callable[[str], None]) -> Path | None
             if found is not None:
                 step[0] = int(found.name[len("step_") :])
                 for path, why in damaged.items():
-                    set_aside(path)
+                    if is_own:
+                        set_aside(path)
                     note(f"{str(why).rpartition(';')[0]}; going on from step {int(step)}, the newest intact checkpoint.")
     world.broadcast_(step)
     if step == refused:

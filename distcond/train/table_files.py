@@ -3,12 +3,12 @@
 A loader on as many ranks takes its own file and is bit-equal; others pick their rows by node id from all files.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -58,12 +58,14 @@ def own_tables(model: nn.Module, tables: ShardedRows) -> dict[str, dict[str, Ten
     return {FILE_NAME.format(tables.expert.rank, tables.expert.size): rows}
 
 
-def load_tables(folder: Path, model: nn.Module, *, rank: int = 0, size: int = 1) -> float:
+def load_tables(folder: Path, model: nn.Module, *, rank: int = 0, size: int = 1, only: Collection[str] | None = None) -> float:
     """Fill the tables of rank `rank` of `size` expert-parallel ranks, with moments; returns the optimiser's log_decay.
 
+    only: names of the tree layers that are filled; None: all.
     Raises RunError where the folder holds no tables, or those of another model.
     """
     layers = {name: layer for name, layer in tree_layers(model).items() if layer.table is not None}
+    layers = {name: layer for name, layer in layers.items() if only is None or name in only}
     own, files = folder / FILE_NAME.format(rank, size), sorted(folder.glob(ANY_FILE))
     if not files:
         raise RunError(f"{folder} holds no node tables; give a checkpoint written by an engine of distcond.initialize.")
@@ -83,6 +85,16 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file by name. Raises RunError for any other file."""
     try:
         return load_file(file)
+    except SafetensorError as error:
+        raise RunError(f"{file} is no safetensors file ({error}); choose another step.") from error
+
+
+def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of a safetensors file by name; the tensors are not read. Raises RunError for any other file."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            names = tensors.keys()
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
     except SafetensorError as error:
         raise RunError(f"{file} is no safetensors file ({error}); choose another step.") from error
 

@@ -35,6 +35,8 @@ TREES: list[dict[str, Any]] = [
 ]
 MODELS: list[dict[str, Any]] = [
     {"name": ModelName.transformer, "width": 8, "heads": 2, "feed_forward": 20},
+    {"name": ModelName.transformer, "width": 8, "heads": 2, "feed_forward": 20, "layers": ["merge", "down"]},
+    {"name": ModelName.transformer, "width": 8, "heads": 2, "feed_forward": 20, "layers": ["qkv", "merge", "up", "down"]},
     {"name": ModelName.rnn, "width": 8, "cell": CellName.tanh},
     {"name": ModelName.rnn, "width": 8, "cell": CellName.lstm},
     {"name": ModelName.rnn, "width": 8, "cell": CellName.gru},
@@ -56,8 +58,9 @@ def build(config: ModelConfig, sizes: dict[str, Any]) -> Learner:
 
 
 def config_of(model: dict[str, Any], tree: dict[str, Any], storage: Storage, kind: HaltingKind) -> ModelConfig:
-    model = {key: value for key, value in model.items() if key != "is_text"}
-    return ModelConfig(**model, tree=TreeConfig(**tree, storage=storage), halting=HaltingConfig(kind=kind, max_steps=3))
+    chosen = TreeConfig(**tree, layers=model.get("layers", []), storage=storage)
+    model = {key: value for key, value in model.items() if key not in {"is_text", "layers"}}
+    return ModelConfig(**model, tree=chosen, halting=HaltingConfig(kind=kind, max_steps=3))
 
 
 @pytest.mark.parametrize(("tree", "model", "kind"), every_pair(TREES, MODELS, list(HaltingKind)))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from distcond.config import HaltingConfig
+from distcond.config import HaltingConfig, ModelConfig, TreeConfig
 from distcond.errors import ConfigError
 
 
@@ -39,3 +39,29 @@ def test_what_is_left_out_has_the_published_value_of_its_kind() -> None:
     assert (act.initial_penalty, HaltingConfig(kind="act", time_penalty=0.0).initial_penalty) == (0.001, 0.0)
     assert HaltingConfig(kind="act", target_steps=2.0).initial_penalty == 0.0
     assert ponder.initial_penalty == pytest.approx(-0.01 * math.log(1 - 0.2))
+
+
+def test_every_model_names_the_layers_that_may_be_trees_and_the_first_is_one() -> None:
+    assert {name: ModelConfig(name=name).tree_layers for name in ("transformer", "rnn", "mlp")} == {
+        "transformer": ["up"],
+        "rnn": ["linear"],
+        "mlp": ["linear"],
+    }
+    assert ModelConfig(tree=TreeConfig(layers=["merge", "up"])).tree_layers == ["merge", "up"]
+
+
+@pytest.mark.parametrize(
+    ("model", "tree", "message"),
+    [
+        ({}, {"layers": ["head"]}, r"layers=\['head'\]: head is no .* of model.name=transformer.* up, down, qkv, merge"),
+        ({}, {"layers": ["up", "up"]}, r"layers=\['up', 'up'\]: up is there twice; use"),
+        ({"name": "rnn"}, {"layers": ["up"]}, "up is no layer of model.name=rnn; use some of linear, each once"),
+        ({"width": 8}, {"layers": ["up", "merge"], "num_trees": 16}, "num_trees=16 does not divide the 8 outputs .* layer merge"),
+        ({"width": 8}, {"layers": ["up"], "gate": "sign", "depth": 9}, "takes 9 bits .* from the inputs of up, which has 8"),
+    ],
+)
+def test_layers_that_cannot_be_trees_are_refused_in_a_line(model: dict[str, Any], tree: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**model, tree=TreeConfig(**tree))
+    if tree.get("gate") == "sign":
+        ModelConfig(**model, tree=TreeConfig(**{**tree, "layers": ["down"]}))  # whose inputs are more

@@ -6,12 +6,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from distcond.compose import compose, load_config, save_config
 from distcond.config import ModelConfig, plugins
 from distcond.data.tasks import build_task, shape_of
-from distcond.errors import ConfigError
+from distcond.errors import ConfigError, RunError
+from distcond.train.checkpoint import DENSE
 from distcond.train.fits import check_fits, cost_of
+from distcond.train.grow import check_suits, start_from
 from distcond.train.learner import cost_for, learner_for
 from distcond.train.plan import describe
 
@@ -55,6 +59,25 @@ def test_a_name_of_an_entry_point_is_known_but_not_imported(example: Path, tmp_p
     assert "mine" not in sys.modules
     shape_of(config.data)
     assert "mine" in sys.modules
+
+
+def test_layers_that_are_trees_are_chosen_by_the_model_itself(example: Path) -> None:
+    with pytest.raises(ConfigError, match=r"for models that ship with distcond; model.name=residual chooses its own trees"):
+        compose([*MINE, "model.tree.layers=[linear]"])
+
+
+def test_a_model_of_another_package_grows(example: Path, tmp_path: Path) -> None:
+    dense, config = compose([*MINE, "model.tree.depth=0"]), compose([*MINE, "train.init_from=/runs/dense"])
+    old, new = (learner_for(each, shape_of(each.data)).eval() for each in (dense, config))
+    weights = {f"{name}/weight": parameter.detach() for name, parameter in old.named_parameters()}
+    save_file(weights | {f"buffers/{name}": buffer for name, buffer in old.named_buffers()}, tmp_path / DENSE)
+    check_suits(dense, config, tmp_path)
+    start_from(new, tmp_path)
+    x, lengths = torch.randint(2, (4, 1, 9)).float(), torch.ones(4, dtype=torch.int64)
+    torch.testing.assert_close(new.body(x, lengths)[0], old.body(x, lengths)[0])
+    save_file({"body.lost/weight": torch.zeros(2), **weights}, tmp_path / DENSE)
+    with pytest.raises(RunError, match=r"holds shape \[2\] for body.lost, the new model needs nothing"):
+        check_suits(dense, config, tmp_path)
 
 
 def test_what_is_installed_but_unused_is_never_looked_up(install: Install) -> None:

@@ -21,7 +21,7 @@ PONDERS: list[tuple[str, int]] = [("none", 1), ("fixed", 3), ("act", 6)]
 
 def build(kind: str, max_steps: int, tree: TreeOptions = TreeOptions()) -> Transformer:  # noqa: B008 (frozen)
     seed_cpu(0)
-    block = Block(WIDTH, HEADS, 16, tree)
+    block = Block(WIDTH, HEADS, 16, tree, ["up"])
     ponder: nn.Module = FixedComputation(block, max_steps)
     if kind == "act":
         ponder = AdaptiveComputation(block, WIDTH, max_steps, halting_bias=-1.0)

@@ -54,6 +54,8 @@ def node_parameters(layer: TreeLinear, plan: SubtreePlan, rank: int) -> int:
 
 CASES = [(make, changes) for make in (small_config, text_config) for changes in CONFIGS]
 CASES.remove((text_config, CONFIGS[3]))  # a transformer reads bytes
+CASES += [(text_config, {"cluster__num_workers": 2, "model__tree__depth": 4, "model__tree__layers": ["up", "qkv"]})]
+CASES += [(text_config, {"model__tree__layers": ["merge", "down"], "model__tree__num_trees": 2})]
 
 
 @pytest.mark.parametrize(("make", "changes"), CASES, ids=lambda value: getattr(value, "__name__", str(value)))

@@ -100,6 +100,12 @@ def test_other_settings_may_not_change_and_are_all_named() -> None:
     assert "max_steps" not in line and "runs/run" in line and "\n" not in line
 
 
+def test_the_run_that_a_run_was_started_from_may_not_change() -> None:
+    old, new = small_config("runs"), small_config("runs", train__init_from="/runs/dense")
+    with pytest.raises(RunError, match=r"train.init_from='/runs/dense' \(was ''\)"):
+        check_continues(old, new, Path("runs/run"))
+
+
 def test_what_decides_results_may_not_change() -> None:
     """Whatever is added to these sections of the configuration."""
     free = {prefix.rstrip(".") for prefix in MAY_CHANGE}
