@@ -53,13 +53,14 @@ class FlatTree(nn.Module):
         # NOTE: nothing here asks for a gradient; `torch.no_grad()` would cost a single token a tenth of its time.
         with full_precision(x):
             y_TP = self._one(x_TQ) if len(x_TQ) == 1 else self._many(x_TQ)
-        return y_TP.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        y_TP = y_TP.to(x.dtype)
+        return y_TP if x.dim() == 2 else y_TP.view(*x.shape[:-1], self.out_features)
 
     def _one(self, x_1Q: Tensor) -> Tensor:
         """A single token: the matrix is read once, and little else may be done beside."""
         singles = self._singles or self._make_singles()
         leaf = 0
-        for gate in torch.addmm(singles.offsets, x_1Q.to(singles.offsets.dtype), singles.planes_QK)[0].tolist():
+        for gate in torch.addmm(singles.offsets, x_1Q.to(singles.offsets.dtype), singles.planes_QK).tolist()[0]:
             leaf = 2 * leaf + (gate > 0)
         found = singles.leaves.get(leaf)
         return self._through_rest(x_1Q) if found is None else torch.addmm(found[0], x_1Q.to(found[0].dtype), found[1])
