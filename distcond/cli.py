@@ -24,7 +24,7 @@ HELP = f"""distcond {__version__}: models that choose their weights and their am
   distcond submit   train|sweep [...]  run elsewhere  distcond submit train cluster=ray cluster.num_workers=8
   distcond prepare  [overrides]        prepare a text distcond prepare data=text 'data.files=[corpus/**/*.txt]'
   distcond evaluate RUN [--step N]     measure a run  distcond evaluate runs/first
-  distcond report   RUN... [--out FILE] HTML page    distcond report runs/first runs/second
+  distcond report   RUN... [--out F]   HTML page      distcond report runs/first runs/second
   distcond explain  RUN --input TEXT   say why        distcond explain runs/first --input 'def main('
   distcond export   RUN --out DIR      deploy         distcond export runs/first --out model --flatten
   distcond predict  DIR|RUN [FILE]     answer lines   echo 'def main(' | distcond predict model

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from markupsafe import Markup
 
@@ -79,6 +80,10 @@ def _maps(opened: OpenedRun) -> tuple[Spending, list[TreeMap]]:
     """Where computation and tokens go in a model."""
     task, learner = opened.feeder.task, opened.learner
     seen = probe(learner, task, opened.config.data.validation_examples)
+    if not np.isfinite(seen.loss_BT[seen.valid_BT]).all():
+        raise RunError(
+            f"{opened.checkpoint} answers with NaN or infinity, so there is nothing to map; report a run that has learned."
+        )
     flipped = select(seen.batch, slice(0, max(1, FLIP_POSITIONS // task.max_length)))
     trees = []
     for name, layer in tree_layers(learner).items():

@@ -79,7 +79,7 @@ def spending(task: Task, probe: Probe) -> Spending:
         histogram=[(int(n), float(c) / len(steps)) for n, c in zip(number, count, strict=True)],
         positions=len(steps),
         unit=task.unit[:-1] if isinstance(task, TextTask) else "token" if is_text else "element",
-        correlation=_rank_correlation(steps, loss) if len(number) > 1 else None,
+        correlation=_rank_correlation(steps, loss) if len(number) > 1 and np.ptp(loss) > 0 else None,
     )
 
 

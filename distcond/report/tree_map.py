@@ -101,7 +101,7 @@ def tree_map(name: str, layer: TreeLinear, use: LayerUse, levels: Sequence[Level
         icicles=[_icicle(layer, nodes, most, tree) for tree, nodes in enumerate(drawn)],
         nodes=_busiest([level for tree in found for level in tree]),
         merged=sum(node.number for nodes in drawn for node in nodes if node.number > 1),
-        tokens=total,
+        tokens=total // layer.num_trees,
         path_numbers=layer.num_trees * _numbers(layer, layer.full_depth + 1, layer.depth - layer.full_depth),
         numbers=_numbers(layer, num_full := int((keys < layer.layout.num_full_ids).sum()), len(keys) - num_full),
         ranks=_ranks(name, layer, use, checkpoint),

@@ -185,9 +185,8 @@ def _latency(run: RunFacts) -> Card:
         figures = [run.measured(f"latency_ms/batch_{size}/{name}") for name in ("p50", "p95", "p99")]
         if any(figure is not None for figure in figures):
             lines.append((f"batch {size:,}: p50, p95, p99", ", ".join(show(figure, 3) for figure in figures) + " ms"))
-    for key, unit in (("throughput_per_s", "examples"), ("throughput_positions_per_s", "positions")):
-        if (throughput := run.measured(key)) is not None:
-            lines.append(("throughput", f"{large(throughput)} {unit}/s"))
+    if (throughput := run.measured("throughput_per_s")) is not None:
+        lines.append(("throughput", f"{large(throughput)} examples/s"))
     value = single if single is not None else run.measured("latency_ms")
     return Card(
         "Latency", show(value, 3), "ms, one example" if value is not None else "", lines, _has(run, "latency_ms/batch_1/p50")
@@ -199,7 +198,11 @@ def _maintainability(run: RunFacts) -> Card:
     number_of = len(settings) if isinstance(settings, dict) else num_settings(run)
     seeds = seeds_beside(run)
     known = ", ".join(f"seed {seed}: {quality_text(run, value)}" for seed, value in sorted(seeds.items())[:4])
-    lines = [("seeds that finished", show(run.measured("maintainability/num_seeds_finished"))), ("", known)] if known else []
+    lines = (
+        [("seeds that finished", show(run.measured("maintainability/num_seeds_finished"))), ("their quality", known)]
+        if known
+        else []
+    )
     lines.append(("time to retrain", duration(run.measured("maintainability/retrain_s"))))
     return Card("Maintainability", str(number_of), "settings differ from defaults", lines, _has(run, "maintainability/retrain_s"))
 

@@ -11,7 +11,7 @@ from distcond.nn import TreeLinear
 from distcond.ops import first_node
 from distcond.report.levels import contributions, flipped, node_norms, visits
 from distcond.report.probe import LayerUse
-from distcond.report.tree_map import MOST_BOXES, _boxes, _visited, path_of, tree_map
+from distcond.report.tree_map import MOST_BOXES, _boxes, _merged, _starts, _visited, path_of, tree_map
 
 OPTIONS = {
     "dense": {"depth": 3, "storage": "dense"},
@@ -97,6 +97,18 @@ def test_only_narrow_neighbours_become_one() -> None:
     assert [(box.number, box.tokens) for box in _boxes([last])] == [(1, 10_000), (100, 100), (1, 10_000)]
 
 
+def test_a_wide_gap_parts_narrow_neighbours() -> None:
+    """Half of the tokens, between two runs of narrow nodes, went where no node of this level exists."""
+    layer = TreeLinear(4, 4, 10, storage="lazy")
+    assert layer.table is not None
+    narrow = torch.cat([torch.arange(100), torch.arange(600, 700)])
+    use = use_of(layer, torch.cat([narrow.repeat(50), torch.full((10_000,), 300)]))
+    layer.table.ensure_rows("full", narrow + 1023)
+    (*_, last) = _visited(layer, use, 0, *node_norms(layer))
+    # Each node has 1/400 of the tokens, 2.5 units, so it is narrow only for a larger least width.
+    assert [box.number for box in _merged(last, _starts(last, 0.01))] == [100, 100]
+
+
 def test_nodes_are_named_by_their_bits(tmp_path: object, x_TQ: torch.Tensor) -> None:
     layer = make_layer(3, x_TQ, num_trees=2, storage="dense")
     leaf_TM = layer.leaf(x_TQ) + (torch.arange(2) << 3)
@@ -108,6 +120,7 @@ def test_nodes_are_named_by_their_bits(tmp_path: object, x_TQ: torch.Tensor) -> 
         on_path = (codes[:, int(tree), : len(wanted)] == wanted).all(1)
         assert node.tokens == int(on_path.sum()) and node.width == pytest.approx(node.tokens / len(x_TQ))
     assert len(found.icicles) == 2 and sum(found.leaf_loads) == pytest.approx(2)
+    assert found.tokens == len(x_TQ)
     assert found.path_numbers == 2 * 4 * (3 * 8 + 3) and found.numbers == 30 * (3 * 8 + 3)
 
 

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import math
 import re
 import shlex
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from distcond.cli import main
 from distcond.compose import compose, load_config, save_config
@@ -22,7 +24,7 @@ from distcond.report.gather import read_run
 from distcond.report.probe import probe
 from distcond.report.tables import quadrants
 from distcond.report.verdict import verdict
-from distcond.train.checkpoint import MANIFEST, STATE, fingerprint
+from distcond.train.checkpoint import DENSE, MANIFEST, STATE, fingerprint
 from distcond.train.run_folder import RunFolder
 from tests.helpers import changed
 
@@ -209,7 +211,12 @@ def _older(folder: Path) -> None:
     checkpoint = folder / "checkpoints/step_00000012"
     state = {**json.loads((checkpoint / STATE).read_text()), "format_version": 0}
     (checkpoint / STATE).write_text(json.dumps(state))
-    manifest = {**json.loads((checkpoint / MANIFEST).read_text()), STATE: fingerprint(checkpoint / STATE)}
+    _seal(checkpoint, STATE)
+
+
+def _seal(checkpoint: Path, name: str) -> None:
+    """Make a changed file part of the checkpoint."""
+    manifest = {**json.loads((checkpoint / MANIFEST).read_text()), name: fingerprint(checkpoint / name)}
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -258,3 +265,13 @@ def test_a_run_that_goes_on_is_refused(copied: Callable[[str], Path], capsys: py
     folder = copied("busy")
     with RunFolder(folder).locked():
         assert "is still being written" in refused(capsys, folder)
+
+
+def test_a_model_of_nan_is_refused(copied: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = copied("nan")
+    checkpoint = folder / "checkpoints/step_00000012"
+    tensors = load_file(checkpoint / DENSE)
+    tensors["body.head.bias/weight"][:] = math.nan
+    save_file(tensors, checkpoint / DENSE)
+    _seal(checkpoint, DENSE)
+    assert "answers with NaN or infinity" in refused(capsys, folder)
