@@ -95,6 +95,13 @@ def _run_rank(work: Callable[..., Any], rank: int, world_size: int, folder: Path
     os._exit(not answer[0])  # DeepSpeed's exit handlers would wait on process groups that are gone
 
 
+def asked_for(request: Any, *parameters: str) -> list[Any]:
+    """What the tests that will run in this session ask a fixture for: the values of their parameter, or tuples of several."""
+    items = [item for item in request.session.items if request.fixturename in item.fixturenames and hasattr(item, "callspec")]
+    values = [tuple(item.callspec.params[name] for name in parameters) for item in items]
+    return list(dict.fromkeys(value if len(parameters) > 1 else value[0] for value in values))
+
+
 def changed(config: Any, **changes: Any) -> Any:
     """A copy of a configuration with other values for some dotted keys, with "__" for ".": optim__lr=1e-2."""
     sections: dict[str, dict[str, Any]] = {}

@@ -61,6 +61,7 @@ def distance(overrides: dict[str, Any]) -> float:
     return abs(math.log10(overrides["optim.lr"]) + 2)
 
 
+@pytest.mark.thorough
 def test_suggestions_are_runs_of_the_space_and_learn_from_what_came_before(tmp_path: Path) -> None:
     config, made = sweep_of(tmp_path), list[Trial]()
     asked = suggester(config, 40, [], made)
@@ -124,6 +125,7 @@ def test_an_interrupted_search_goes_on_with_its_own_trials_and_what_it_has_learn
         read_tried(file, {"optim.lr": [1]}, base_of(config))
 
 
+@pytest.mark.thorough
 def test_a_search_that_goes_on_does_not_try_the_same_again(tmp_path: Path) -> None:
     config, made, more = sweep_of(tmp_path), list[Trial](), list[Trial]()
     search(suggester(config, 6, [], made), distance, 3)

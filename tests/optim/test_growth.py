@@ -243,6 +243,7 @@ def test_a_step_that_is_not_applied_makes_no_node_on_any_rank(limits: dict[str, 
 
 
 @pytest.mark.parametrize("limits", [LIMITS[0], LIMITS[2]])
+@pytest.mark.thorough
 def test_a_resume_in_the_middle_of_counting_is_the_uninterrupted_run(limits: dict[str, Any], tmp_path: Path) -> None:
     counts, expert = [3, 0, 4, 5], 2
     layer = make(full_depth=2, rank=2, **limits)

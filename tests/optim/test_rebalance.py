@@ -122,6 +122,7 @@ def uninterrupted() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stop", [4, 5])
+@pytest.mark.thorough
 def test_a_resume_between_rebalancings_is_the_uninterrupted_run(stop: int, tmp_path: Path) -> None:
     counts, expert, limits = RESUMED
     straight = uninterrupted()

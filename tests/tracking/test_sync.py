@@ -158,6 +158,7 @@ def test_a_server_that_refuses_rows_is_one_line_and_nothing_counts_as_sent(
     (["RUN", "run.dir=a"], "needed is either folders of runs, or one run.dir=FOLDER"),
     (["--al"], "unrecognized arguments: --al; did you mean --help"),
 ])  # fmt: skip
+@pytest.mark.thorough
 def test_a_mistake_is_one_line(
     words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

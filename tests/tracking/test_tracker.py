@@ -98,9 +98,8 @@ print(json.dumps([[child.pid for child in children], times]), flush=True)
         return HungRun(times, status, exit_s, wait_for_exit(left, ORPHAN_TIMEOUT_S + 2 * SLACK_S), len(rows_in(folder)))
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def hung_run(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Future[HungRun]]":
-    """Started before the first test: its 7 s are waiting, while others run."""
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(run_before_a_silent_server, tmp_path_factory.mktemp("hung"))
 

@@ -20,7 +20,7 @@ from distcond.data.batch import Batch
 from distcond.data.batches import LocalFeeder
 from distcond.errors import RunError
 from distcond.train.checkpoint import newest_checkpoint, prune, read_state
-from tests.helpers import changed, folder_of, metric_rows, run_ranks, small_config, text_config, train_here, train_run
+from tests.helpers import asked_for, changed, folder_of, metric_rows, run_ranks, small_config, text_config, train_here, train_run
 from tests.train.traces import rows_by_node
 
 
@@ -91,12 +91,13 @@ RESUMED: dict[str, tuple[Callable[..., Config], dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def resumed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders with an uninterrupted run and one that was resumed, by other processes than those it broke in."""
-    folders = {name: tmp_path_factory.mktemp("resumed") for name in RESUMED}
+    folders = {name: tmp_path_factory.mktemp("resumed") for name in asked_for(request, "name")}
     pairs = [
         tuple(make(folders[name], run__name=run, **OPTIONS, **changes) for run in ("straight", "broken"))
         for name, (make, changes) in RESUMED.items()
+        if name in folders
     ]
     assert run_ranks(train_and_crash, 2, pairs) == [["the cable is out"] * len(pairs)] * 2
     for folder in folders.values():
@@ -181,11 +182,12 @@ def branch(config: Config, step: int, to: Path) -> Config:
 
 
 @pytest.fixture(scope="module")
-def moved(straight: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+def moved(request: pytest.FixtureRequest, straight: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """What each rank of every place has read from the checkpoint of step 3."""
     config, found = branch(straight, 3, tmp_path_factory.mktemp("moved")), {}
-    for size in (1, 2, 4):
-        places = [place for place, changes in PLACES.items() if changes["cluster__num_workers"] == size]
+    asked = asked_for(request, "place")
+    for size in {PLACES[place]["cluster__num_workers"] for place in asked}:
+        places = [place for place in asked if PLACES[place]["cluster__num_workers"] == size]
         ranks = run_ranks(load_here, size, [changed(config, **PLACES[place]) for place in places])
         found |= {place: list(held) for place, held in zip(places, zip(*ranks, strict=True), strict=True)}
     return found
@@ -205,6 +207,7 @@ def test_checkpoint_moves_between_ranks_stages_and_placements(straight: Config, 
     assert {part: nodes.keys() for part, nodes in held.items()} == {part: rows.keys() for part, rows in saved_rows.items()}
 
 
+@pytest.mark.thorough
 def test_run_goes_on_from_2_ranks_to_1_to_2_to_4_through_all_stages(straight: Config, tmp_path: Path) -> None:
     moved = branch(straight, 2, tmp_path)  # ZeRO 1
     for last, place in ((3, "1 rank, ZeRO 3"), (4, "2 ranks, ZeRO 0, other shards"), (5, "4 ranks, ZeRO 2, two copies")):

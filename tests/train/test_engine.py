@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from distcond.data.batch import Batch
 from distcond.data.batches import LocalFeeder
 from distcond.nn import TreeLinear
 from distcond.nn.model import SUMS, Learner
-from tests.helpers import run_ranks, small_config, text_config
+from tests.helpers import asked_for, run_ranks, small_config, text_config
 from tests.train.traces import (
     Case,
     Trace,
@@ -49,17 +50,20 @@ def plain(clip: float) -> Trace:
 
 
 @pytest.fixture(scope="module")
-def matrix() -> dict[int, list[Trace]]:
-    return {size: traces(size, [case(*options) for options in MATRIX]) for size in (1, 2)}
+def matrix(request: pytest.FixtureRequest) -> dict[tuple[Any, ...], Trace]:
+    asked = asked_for(request, "world_size", "stage", "accumulation", "clip")
+    by_size = {size: [key for key in asked if key[0] == size] for size, *_ in asked}
+    found = {size: traces(size, [case(*options) for _, *options in keys]) for size, keys in by_size.items()}
+    return {key: trace for size, keys in by_size.items() for key, trace in zip(keys, found[size], strict=True)}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize(("stage", "accumulation", "clip"), MATRIX)
 def test_ranks_stages_and_accumulation_equal_plain_torch(
-    matrix: dict[int, list[Trace]], world_size: int, stage: int, accumulation: int, clip: float
+    matrix: dict[tuple[Any, ...], Trace], world_size: int, stage: int, accumulation: int, clip: float
 ) -> None:
     assert min(plain(clip).norms) > CLIP, "clipping has nothing to do"
-    assert_same(matrix[world_size][MATRIX.index((stage, accumulation, clip))], plain(clip), TOLERANCE)
+    assert_same(matrix[world_size, stage, accumulation, clip], plain(clip), TOLERANCE)
 
 
 # ---- what is not shared out evenly -------------------------------------------------------------------------------------
@@ -142,24 +146,23 @@ UNEVEN = {
 
 
 @pytest.fixture(scope="module")
-def uneven_pairs() -> dict[str, tuple[Trace, Trace]]:
-    pairs = zip(traces(2, list(UNEVEN.values()), FEW), [train_plainly(case, FEW) for case in UNEVEN.values()], strict=True)
-    return dict(zip(UNEVEN, pairs, strict=True))
+def uneven_pairs(request: pytest.FixtureRequest) -> dict[str, tuple[Trace, Trace]]:
+    cases = {name: UNEVEN[name] for name in asked_for(request, "name")}
+    pairs = zip(traces(2, list(cases.values()), FEW), [train_plainly(case, FEW) for case in cases.values()], strict=True)
+    return dict(zip(cases, pairs, strict=True))
 
 
 @pytest.mark.parametrize("name", UNEVEN)
 def test_uneven_ranks_agree_and_do_not_hang(uneven_pairs: dict[str, tuple[Trace, Trace]], name: str) -> None:
-    assert_same(*uneven_pairs[name], TOLERANCE)
-
-
-def test_uneven_cases_are_uneven(uneven_pairs: dict[str, tuple[Trace, Trace]]) -> None:
-    steps = SUMS.index("ponder_steps")
-    for name in ("halting, ZeRO 3", "halting, no tables, ZeRO 3", "PonderNet halting, ZeRO 3"):
-        assert [figures[steps] for figures in uneven_pairs[name][0].figures] == [4 * 1 + 4 * 6] * FEW
-    nodes = uneven_pairs["subtree, ZeRO 3"][0].rows["body.ponder.cell.linear/full/rows"].keys()
-    assert nodes == {0, 2}, "the left subtree, and with it rank 0, got a token"
-    positions = SUMS.index("positions")
-    assert {figures[positions] for figures in uneven_pairs["empty rank, ZeRO 3"][0].figures} == {4.0}
+    trace, reference = uneven_pairs[name]
+    assert_same(trace, reference, TOLERANCE)
+    if name in {"halting, ZeRO 3", "halting, no tables, ZeRO 3", "PonderNet halting, ZeRO 3"}:
+        assert [figures[SUMS.index("ponder_steps")] for figures in trace.figures] == [4 * 1 + 4 * 6] * FEW
+    elif "subtree" in name:
+        nodes = trace.rows["body.ponder.cell.linear/full/rows"].keys()
+        assert nodes == {0, 2}, "the left subtree, and with it rank 0, got a token"
+    elif "empty rank" in name:
+        assert {figures[SUMS.index("positions")] for figures in trace.figures} == {4.0}
 
 
 # ---- placement ---------------------------------------------------------------------------------------------------------
@@ -175,8 +178,9 @@ PLACEMENTS = {
 
 
 @pytest.fixture(scope="module")
-def four_ranks() -> dict[str, Trace]:
-    return dict(zip(PLACEMENTS, traces(4, list(PLACEMENTS.values()), FEW), strict=True))
+def four_ranks(request: pytest.FixtureRequest) -> dict[str, Trace]:
+    names = asked_for(request, "name")
+    return dict(zip(names, traces(4, [PLACEMENTS[name] for name in names], FEW), strict=True))
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)
@@ -209,11 +213,13 @@ NOT_FINITE = {name: Case(made.config, one_row_is_infinite) for name, made in NOT
 
 
 @pytest.fixture(scope="module")
-def not_finite() -> dict[str, Trace]:
-    return dict(zip(NOT_FINITE, traces(2, list(NOT_FINITE.values())), strict=True))
+def not_finite(request: pytest.FixtureRequest) -> dict[str, Trace]:
+    names = asked_for(request, "name")
+    return dict(zip(names, traces(2, [NOT_FINITE[name] for name in names]), strict=True))
 
 
 @pytest.mark.parametrize("name", NOT_FINITE)
+@pytest.mark.thorough
 def test_step_that_is_not_finite_is_skipped_by_all_parts(not_finite: dict[str, Trace], name: str) -> None:
     reference = train_plainly(NOT_FINITE[name], STEPS)
     assert reference.applied == [True, False, True]

@@ -120,11 +120,13 @@ def test_what_the_new_model_cannot_take_is_one_clear_line(changes: dict[str, Any
 
 
 @pytest.mark.parametrize("target", [None, 3.0])
+@pytest.mark.thorough
 def test_a_fork_may_leave_or_change_its_budget(target: float | None, config: Config) -> None:
     forked, _ = fork_run(changed(config, model__halting__target_steps=target))
     assert train_run(forked)["step"] == 6
 
 
+@pytest.mark.thorough
 def test_a_fork_may_get_a_budget(tmp_path: Path) -> None:
     config = small_config(tmp_path, cluster__num_workers=1)
     train_run(config)
