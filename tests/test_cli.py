@@ -153,6 +153,7 @@ def test_hydra_flags_see_own_files(capsys: pytest.CaptureFixture[str], tmp_path:
         (["train", "--hydra-help"], "Hydra (1.3."),
     ],
 )
+@pytest.mark.thorough
 def test_hydra_answers_its_own_flags_and_leaves_nothing_behind(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str], shown: str
 ) -> None:

@@ -63,6 +63,7 @@ def test_every_file_composes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
+@pytest.mark.thorough
 def test_no_value_repeats_what_holds_without_it(name: str) -> None:
     values = {key: value for key, value in values_of(name).items() if key != "defaults"}
     prefix = "" if name.startswith("experiment/") else f"{name.partition('/')[0]}."

@@ -81,6 +81,7 @@ def test_a_ray_that_did_not_start_is_failure_though_it_exits_0(job: "FakeJob") -
     assert job.start("true").wait(20) == 1
 
 
+@pytest.mark.thorough
 def test_out_of_time_saves_and_queues_the_job_again(job: "FakeJob") -> None:
     process = job.start('until [[ -e "$STOP" ]]; do sleep 0.05; done; sleep 0.3; touch "$RESULT"; exit 130')
     _wait_for(lambda: len(job.calls()) == 2)

@@ -18,13 +18,16 @@ COMMANDS = [
 ]
 
 
+COMPOSED = ("train", "sweep", "submit", "prepare")
+
+
 def test_the_code_for_one_process_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(blocks) == 2
     exec(compile(blocks[0], "README.md", "exec"), {})  # the second one needs ranks: tests/train/test_initialize.py
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] not in {"evaluate", "report", "bench", "sync"}], ids=" ".join)
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] in COMPOSED], ids=" ".join)
 def test_commands_compose(command: list[str]) -> None:
     compose([word for word in command if word not in {"train", "sweep", "submit", "prepare", "--dry-run"}])
 
@@ -48,7 +51,9 @@ def test_the_code_map_names_every_sub_package() -> None:
             assert f"{folder.name}/" in README
 
 
-@pytest.mark.parametrize("readme", ["README.md", "conf/README.md", "launch/README.md", "distcond/bench/README.md"])
+@pytest.mark.parametrize(
+    "readme", ["README.md", "conf/README.md", "launch/README.md", "distcond/bench/README.md", "distcond/deploy/README.md"]
+)
 def test_links_lead_to_files(readme: str) -> None:
     file = ROOT / readme
     for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", file.read_text()):

@@ -61,6 +61,7 @@ def test_a_run_with_checkpoints_of_its_own_no_longer_needs_its_parent(child: Con
         check_start([child, changed(child, run__name="another")])
 
 
+@pytest.mark.thorough
 def test_where_the_newest_checkpoint_is_damaged_an_older_one_serves(child: Config, tmp_path: Path) -> None:
     (tmp_path / "parent" / "checkpoints" / "step_00000012" / "dense.safetensors").write_bytes(b"damage")
     assert check_start([child]).startswith(f"init  {tmp_path}/parent at step 6")
@@ -107,6 +108,7 @@ def test_a_parent_that_still_trains_is_refused(child: Config, tmp_path: Path) ->
         check_start([child])
 
 
+@pytest.mark.thorough
 def test_a_dry_run_names_the_start(child: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_config(child, tmp_path / "child.yaml")
     assert main(["train", "--dry-run", "--config", str(tmp_path / "child.yaml")]) == 0
@@ -119,6 +121,7 @@ def test_a_fork_starts_from_its_own_run_alone(child: Config, tmp_path: Path) -> 
         trainer.launch(fork)
 
 
+@pytest.mark.thorough
 def test_a_sweep_asks_for_its_trials_before_ray_starts(child: Config) -> None:
     trials = changed(child, run__name="", sweep__space={"model.width": [16, 32]})
     with pytest.raises(RunError, match=r"holds another model: model.width=32 \(was 16\)"):

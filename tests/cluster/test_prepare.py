@@ -108,6 +108,7 @@ def test_a_killed_preparation_goes_on_where_it_was(corpus: Path, tmp_path: Path)
     assert files_of(folder) == files_of(undisturbed.folder)
 
 
+@pytest.mark.thorough
 def test_what_is_prepared_is_read_and_said_so(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepared = open_source(settings(corpus, "text", tmp_path))
     assert main(command(corpus, tmp_path)) == 0

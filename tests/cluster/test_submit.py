@@ -60,6 +60,7 @@ def test_a_dry_run_to_ray_shows_the_request_the_files_and_the_configuration(
 
 
 @pytest.mark.parametrize(("what", "name"), [("train", "run.name=a-name"), ("sweep", "sweep.name=a-name")])
+@pytest.mark.thorough
 def test_a_dry_run_to_slurm_shows_the_script(
     what: Literal["train", "sweep"], name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -61,11 +61,12 @@ def test_what_has_no_room_is_refused_before_ray_starts_and_leaves_nothing(tmp_pa
     ("changes", "asked", "available"),
     [
         ({"cluster__num_workers": 64, "data__global_batch_size": 64}, "asks for 64 CPUs", r"this machine has \d+"),
-        ({"cluster__gpus_per_worker": 64.0}, "asks for 128 GPUs", r"this machine has \d"),
-        (
+        pytest.param({"cluster__gpus_per_worker": 64.0}, "asks for 128 GPUs", r"this machine has \d", marks=pytest.mark.thorough),
+        pytest.param(
             {"model__tree__storage": "dense", "model__tree__depth": 20, "model__width": 4096},
             r"needs \d[\d,]+ bytes",
             r"\d[\d,]+ are available",
+            marks=pytest.mark.thorough,
         ),
     ],
     ids=["CPU", "GPU", "memory"],

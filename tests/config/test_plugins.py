@@ -80,6 +80,7 @@ def test_a_model_of_another_package_grows(example: Path, tmp_path: Path) -> None
         check_suits(dense, config, tmp_path)
 
 
+@pytest.mark.thorough
 def test_what_is_installed_but_unused_is_never_looked_up(install: Install) -> None:
     folder = install("raise SystemExit('imported')", "broken = mine:nothing", "broken = mine:nothing")
     code = """

@@ -137,6 +137,7 @@ def test_bytes_per_token_of_a_mixture_are_the_mean_over_its_rows(folder: Path) -
     assert parts[0] != parts[1] and task.bytes_per_token("validation") == pytest.approx(sum(parts) / 2, rel=1e-12)
 
 
+@pytest.mark.thorough
 def test_python_without_the_library_is_told_what_to_install(folder: Path) -> None:
     code = f"""
 import sys

@@ -163,6 +163,7 @@ def test_the_card_says_what_the_model_is_and_what_it_lost(exported: Path, text_r
     assert len({file.stat().st_mode for file in exported.iterdir()}) == 1
 
 
+@pytest.mark.thorough
 def test_it_loads_where_there_is_nothing_but_torch_and_safetensors(exported: Path) -> None:
     blocked = ["deepspeed", "ray", "hydra", "omegaconf", "wandb", "datasets", "numpy", "psutil", "yaml", "jinja2", "rich"]
     code = f"""

@@ -25,6 +25,7 @@ def test_ranks_of_equal_numbers_are_the_mean_of_theirs() -> None:
     assert rank_correlation(np.array([1, 2, 3, 4]), np.array([2, 1, 4, 3])) == pytest.approx(0.6)  # 1 - 6 x 4 / (4 x 15)
 
 
+@pytest.mark.thorough
 def test_steps_that_have_nothing_to_do_with_the_loss_are_seldom_told_from_chance() -> None:
     rng = np.random.default_rng(0)
     found = np.array([p_values(rng.integers(1, 4, (12, 6)), rng.random((12, 6))) for _ in range(40)])

@@ -88,6 +88,7 @@ def test_a_long_run_is_cut_into_parts() -> None:
     assert_rows_hold([tensor.cpu().double() for tensor in out[:2]], case.rows, wanted[2:4], {"rtol": 1e-4, "atol": 1e-3})
 
 
+@pytest.mark.thorough
 def test_gradients_are_summed_up_trees_of_more_levels_than_one_program_sums() -> None:
     """Seven levels are three launches; eight nodes below one on the last three levels and on those above; and one leaf."""
     for leaf in (torch.tensor([*range(8), *range(8, 64, 8), 64, 96, 97, 127, 127]), torch.full((5,), 77)):

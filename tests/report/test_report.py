@@ -150,6 +150,7 @@ def test_a_missing_cell_names_the_command_that_fills_it(text_run: Config) -> Non
     assert (again.model.tree.depth, again.model.halting.kind, again.data) == (0, "none", run.config.data)
 
 
+@pytest.mark.thorough
 def test_several_runs_stand_beside_each_other(text_run: Config, copied: Callable[[str], Path], tmp_path: Path) -> None:
     other = copied("other")
     save_config(changed(load_config(other / "config.yaml"), run__name="other", seed=1), other / "config.yaml")

@@ -194,6 +194,7 @@ def moved(request: pytest.FixtureRequest, straight: Config, tmp_path_factory: py
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.thorough
 def test_checkpoint_moves_between_ranks_stages_and_placements(straight: Config, moved: dict[str, list[Any]], place: str) -> None:
     checkpoint = Path(straight.run.dir) / "run/checkpoints/step_00000003"
     saved_rows, saved_dense = rows_in_files(checkpoint), load_file(checkpoint / "dense.safetensors")
@@ -292,6 +293,7 @@ def test_where_no_checkpoint_is_intact_the_run_is_refused(straight: Config, tmp_
         newest_checkpoint(checkpoints)
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_from_the_newest_intact_checkpoint_and_says_so(straight: Config, tmp_path: Path) -> None:
     config = changed(branch(straight, 4, tmp_path), train__max_steps=5)
     harmed = flip_a_bit(tmp_path / "run/checkpoints/step_00000004")

@@ -229,6 +229,7 @@ def test_step_that_is_not_finite_is_skipped_by_all_parts(not_finite: dict[str, T
 # ---- text, precision, options ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_ranks_do_not_change_a_transformer_on_text(tmp_path: Path) -> None:
     shared = {"optim__accumulation": 2, "cluster__num_workers": 2}
     kinds = {"act": 3, "fixed": 1}
@@ -237,6 +238,7 @@ def test_ranks_do_not_change_a_transformer_on_text(tmp_path: Path) -> None:
         assert_same(trace, train_plainly(case, FEW), TOLERANCE)
 
 
+@pytest.mark.thorough
 def test_bf16_is_close_to_fp32_and_keeps_rows_in_fp32() -> None:
     nll, reference = SUMS.index("nll"), plain(CLIP)
     for trace in traces(2, [case(stage, optim__precision="bf16") for stage in (1, 2, 3)], FEW):

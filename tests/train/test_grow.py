@@ -118,6 +118,7 @@ def test_trees_compute_what_the_linear_layers_they_grow_from_did(
 
 
 @pytest.mark.parametrize("storage", ["lazy", "host"])
+@pytest.mark.thorough
 def test_a_tree_comes_with_its_nodes_and_gates_while_another_layer_becomes_one(storage: str, forest: Config) -> None:
     config = child(forest, model__tree__layers=["down", "up"], model__tree__storage=storage)
     learner, old = fresh(config), open_run(path_of(forest)).learner
@@ -131,6 +132,7 @@ def test_a_tree_comes_with_its_nodes_and_gates_while_another_layer_becomes_one(s
     assert kept.seed == before.seed  # from which nodes that do not exist yet will be made
 
 
+@pytest.mark.thorough
 def test_dense_nodes_are_copied_too(parents: dict[str, Config]) -> None:
     tree = {**TREE, "model__tree__storage": "dense"}
     parent = trained(child(parents["mlp"], run__name="nodes", **tree))

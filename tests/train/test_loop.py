@@ -70,6 +70,7 @@ def test_environment_says_what_a_result_depends_on(text_run: Config) -> None:
     assert all(len(environment["data"][split]["sha256"]) == 64 for split in ("train", "validation"))
 
 
+@pytest.mark.thorough
 def test_profile_writes_a_trace_of_each_rank(text_run: Config) -> None:
     folder = Path(text_run.run.dir) / "run/logs/profile"
     traces = {file.name: json.loads(file.read_text()) for file in folder.iterdir()}
@@ -103,6 +104,7 @@ def stop_here(config: Config) -> dict[str, Any]:
     return run_training(config, folder, StoppingFeeder(config, rank, 2), asdict(config))
 
 
+@pytest.mark.thorough
 def test_stop_file_ends_all_ranks_after_the_same_step_with_a_checkpoint(tmp_path: Path) -> None:
     config = small_config(tmp_path, cluster__num_workers=2, train__max_steps=50, checkpoint__every=50, train__eval_every=50)
     for summary in run_ranks(stop_here, 2, config):
@@ -167,6 +169,7 @@ def skipping(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Config]:
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.thorough
 def test_skipped_step_is_counted_once_and_can_be_saved(skipping: dict[int, Config], stage: int) -> None:
     config = skipping[stage]
     assert [row["optim/skipped_steps"] for row in rows_of(config) if "optim/skipped_steps" in row] == [1, 0, 0]

@@ -52,6 +52,7 @@ def test_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
         assert f"process {holder.pid}" not in (tmp_path / "lock").read_text()
 
 
+@pytest.mark.thorough
 def test_ranks_of_a_killed_command_are_waited_for_and_named(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.wait_for_ranks(0)  # there was none yet

@@ -82,6 +82,7 @@ def samples_in(config: Config) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
 def test_each_validation_keeps_the_first_examples_and_a_resumed_run_each_once(tmp_path: Path, stage: int) -> None:
     changes = {"cluster__num_workers": 2, "optim__zero_stage": stage, "tracking__samples": 3}
     train_run(small_config(tmp_path, train__max_steps=2, **changes))
