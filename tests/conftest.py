@@ -17,8 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when `datasets` is imported; asking a
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup; the commands under test would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-ON_DEMAND = ("thorough", "slow", "gpu", "hosts")
-"Marks of tests that run only where `-m` names the mark; `-m 'not ray'` leaves them out too."
+ON_DEMAND = ("slow", "gpu", "hosts")
+"Marks of tests that run only where `-m` names the mark, as do those marked thorough that bear none of these."
 
 CASES = 3
 "The most cases of a test that all run every time."
@@ -37,7 +37,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("file_or_dir"):
         _mark_repetitions(items)
     asked = config.getoption("markexpr")
-    left_out = [item for item in items if any(item.get_closest_marker(mark) and mark not in asked for mark in ON_DEMAND)]
+
+    def is_left_out(item: pytest.Item) -> bool:
+        marks = [mark for mark in ON_DEMAND if item.get_closest_marker(mark)] or ["thorough"]
+        return any(item.get_closest_marker(mark) and mark not in asked for mark in marks)
+
+    left_out = [item for item in items if is_left_out(item)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
 

@@ -20,7 +20,7 @@ from distcond.cli import main
 from distcond.compose import load_config, to_dict
 from tests.fuzz_cases import DOCUMENTS, NUM_CASES, Case, case_of
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.thorough
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 10

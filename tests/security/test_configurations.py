@@ -15,7 +15,7 @@ from distcond.config import Config
 from distcond.config.files import FUNCTIONS, PATHS
 from distcond.errors import ConfigError
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.thorough
 
 SECRET = "hunter2hunter2"
 LEAK = "${oc.env:PLANTED_VALUE}"

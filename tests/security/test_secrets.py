@@ -15,7 +15,7 @@ from distcond.cli import main
 from distcond.redaction import has_password, is_secret, redact
 from distcond.tracking import Tracker, WandbRun
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.thorough
 
 WORD = "hunter2"
 "In every planted secret."

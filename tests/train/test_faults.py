@@ -19,7 +19,7 @@ from distcond.data.batches import LocalFeeder
 from distcond.train.checkpoint import newest_checkpoint, verified
 from tests.helpers import changed, folder_of, metric_rows, run_ranks, small_config, train_here, train_run
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.thorough
 
 FAILS_AT, WORKS_AT, LAST = 3, 9, 12
 RHYTHM = {"train__max_steps": LAST, "train__eval_every": LAST, "checkpoint__every": 2, "cluster__num_workers": 2}

@@ -16,7 +16,7 @@ from distcond.data.batches import LocalFeeder
 from distcond.errors import TrainingError
 from tests.helpers import folder_of, run_ranks, small_config, text_config, train_run
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.thorough
 
 FROM = 5
 RHYTHM = {

@@ -21,7 +21,7 @@ from distcond.data.tasks import build_task
 from distcond.errors import DataError
 from tests.helpers import run_ranks, small_config, train_here
 
-pytestmark = pytest.mark.faults
+pytestmark = pytest.mark.thorough
 
 ROOT = Path(__file__).parents[2]
 
