@@ -130,7 +130,7 @@ def test_a_sweep_asks_for_its_trials_before_ray_starts(child: Config) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.thorough
+@pytest.mark.slow  # a whole command; what it rests on is tested more cheaply, too
 def test_a_command_grows_a_run_where_it_ended_and_needs_it_no_more(child: Config, tmp_path: Path) -> None:
     named = crowded(changed(child, train__init_from="parent", train__max_steps=2))
     save_config(named, tmp_path / "child.yaml")
