@@ -8,10 +8,8 @@ import numpy as np
 
 from distcond.errors import RunError
 from distcond.evaluate.quality import Quality, bootstrap
-from distcond.opened import OpenedRun
+from distcond.opened import OpenedRun, data_differences
 
-MAY_DIFFER = frozenset({"cache_dir", "shard_mib", "global_batch_size"})
-"Keys of `data` that the validation set does not depend on."
 RATIOS = (
     *("ponder/steps", "macs_per_position", "macs_per_example", "bytes_touched_per_example", "peak_memory_gib"),
     *("/p50", "/p95", "/p99", "throughput_per_s", "_tenth", "/rare_leaves", "/num_settings_changed", "/retrain_s"),
@@ -22,8 +20,7 @@ RATIOS = (
 def check_comparable(run: OpenedRun, other: OpenedRun) -> None:
     """Refuse runs of different validation sets. Raises RunError naming the settings."""
     own, theirs = asdict(run.config.data), asdict(other.config.data)
-    differ = [key for key in own if own[key] != theirs[key] and key not in MAY_DIFFER]
-    if differ:
+    if differ := data_differences(run.config, other.config):
         values = "; ".join(f"data.{key}={own[key]} and {theirs[key]}" for key in differ)
         raise RunError(
             f"{run.folder.path} and {other.folder.path} have different data: {values}; give --against a run with the same data."

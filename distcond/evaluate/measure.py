@@ -1,7 +1,5 @@
 """What `distcond evaluate` measures of a run, put together."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +20,7 @@ from distcond.evaluate.quality import Quality, by_group, difficulty, hardest, ra
 from distcond.evaluate.seen import PerExample, Seen, look
 from distcond.evaluate.touched import bytes_touched
 from distcond.evaluate.upkeep import upkeep
-from distcond.opened import OpenedRun, open_run
+from distcond.opened import OpenedRun, open_run, threads
 from distcond.ops import kernels, use_kernels
 from distcond.train.checkpoint import read_state
 from distcond.train.fits import cost_of
@@ -55,7 +53,7 @@ def evaluate(run: Path, step: int | None = None, against: Path | None = None) ->
     if against is not None:
         opened.append(_open(against, None))
         check_comparable(opened[0].run, opened[1].run)
-    with _threads(int(read_state(opened[0].run.checkpoint).get("threads", 1))):
+    with threads(int(read_state(opened[0].run.checkpoint).get("threads", 1))):
         measured = [_measure(one) for one in opened]
         times = latencies([one.calls for one in measured], measured[0].mean_length)
     for one, own in zip(measured, times, strict=True):
@@ -68,21 +66,6 @@ def evaluate(run: Path, step: int | None = None, against: Path | None = None) ->
     folder.mkdir(exist_ok=True)
     write_json(folder / f"step_{opened[0].run.step:08d}.json", result)
     return result
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    """Compute with as many threads meanwhile, at most those that there are.
-
-    NOTE: two threads of which other processes take a processor wait for each other: one example then takes 260 ms, with one
-    thread 8 ms.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(number, before))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Opened(NamedTuple):

@@ -12,13 +12,11 @@ from typing import Any
 from distcond.config import Config, HaltingKind
 from distcond.data.tasks import shape_of
 from distcond.errors import RunError
-from distcond.opened import find_checkpoint
+from distcond.opened import data_differences, find_checkpoint
 from distcond.train.checkpoint import read_state
 from distcond.train.fits import cost_of
 from distcond.train.run_folder import RunFolder
 
-MAY_DIFFER = {"cache_dir", "global_batch_size", "shard_mib"}
-"Keys of `data` in which runs of the same task may differ."
 STEPS = "val/ponder/steps"
 
 
@@ -133,7 +131,7 @@ def check_comparable(facts: Sequence[RunFacts]) -> None:
     first = facts[0]
     for other in facts[1:]:
         own, its = asdict(first.config.data), asdict(other.config.data)
-        for key in (key for key in own if key not in MAY_DIFFER and own[key] != its[key]):
+        for key in data_differences(first.config, other.config):
             raise RunError(
                 f"{first.folder.path} has data.{key}={own[key]!r}, {other.folder.path} has {its[key]!r}: runs of different data "
                 "cannot be compared; make a report of each."

@@ -90,7 +90,7 @@ def visits(use: LayerUse, depth: int, level: int) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def contributions(layer: TreeLinear, x_TQ: Tensor) -> Tensor:
     """What each level of its path adds to the output of each token and tree, [K + 1, T, M, P]; their sum is the output."""
-    nodes, gates_TMK = _matrices(layer), _gates(layer, x_TQ)
+    nodes, gates_TMK = _matrices(layer), layer.gates(x_TQ)
     leaf_TM, trees_M = layer.leaf(x_TQ), torch.arange(layer.num_trees)
     parts = []
     for level in range(layer.depth + 1):
@@ -145,13 +145,6 @@ def _flipped_loss(learner: Learner, layer: TreeLinear, batch: Batch, level: int)
 
 def _matrices(layer: TreeLinear) -> NodeTensors:
     return layer.node_tensors(() if layer.table is not None else (layer.weight, layer.bias, layer.right, layer.left))
-
-
-def _gates(layer: TreeLinear, x_TQ: Tensor) -> Tensor:
-    if layer.gate is None:
-        return x_TQ.new_zeros(len(x_TQ), layer.num_trees, 0)
-    gates_TMK: Tensor = layer.gate(x_TQ).unflatten(1, (layer.num_trees, layer.depth))
-    return gates_TMK
 
 
 def _apply(layer: TreeLinear, nodes: NodeTensors, keys_TM: Tensor, x_TQ: Tensor, *, is_full: bool) -> Tensor:

@@ -2,13 +2,11 @@
 
 import datetime
 import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from markupsafe import Markup
 
 from distcond import __version__
@@ -17,7 +15,7 @@ from distcond.compose import to_yaml
 from distcond.config import RunConfig
 from distcond.data.batch import select
 from distcond.errors import RunError
-from distcond.opened import OpenedRun, open_run
+from distcond.opened import OpenedRun, open_checkpoint, threads
 from distcond.redaction import redact
 from distcond.report import curves, tables
 from distcond.report.gather import RunFacts, check_comparable, read_run
@@ -45,8 +43,8 @@ def report(runs: Sequence[Path], out: Path | None = None) -> Path:
     check_can_hold(file)
     facts = [read_run(run) for run in runs]
     check_comparable(facts)
-    with _one_thread():
-        spent, trees = _maps(open_run(runs[0]))
+    with threads(1):
+        spent, trees = _maps(open_checkpoint(facts[0].folder, facts[0].config, facts[0].checkpoint))
     text = render(**_found(facts, spent, trees))
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -63,17 +61,6 @@ def check_can_hold(file: Path) -> None:
         raise RunError(f"--out {file}: {file.parent} is not a folder; create it first.")
     if file.is_dir():
         raise RunError(f"--out {file} is a folder; give a file in it, e.g. {file / 'report.html'}.")
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Threads of products wait for each other: beside a run in training 26 s on two hyper-threads, 2.3 s on one."""
-    number = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(number)
 
 
 def _maps(opened: OpenedRun) -> tuple[Spending, list[TreeMap]]:

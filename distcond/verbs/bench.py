@@ -1,12 +1,11 @@
 """The verb that times layers: bench."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from distcond.config import Kernels
 from distcond.errors import RunError
-from distcond.verbs.parser import Parser, configure_logging
+from distcond.verbs.parser import Parser, configure_logging, positive
 
 BENCHES = {
     "tree": "layers, beside this machine's limits and their rivals",
@@ -57,16 +56,6 @@ def _bench_parser() -> Parser:
     each = {name: verbs.add_parser(name, help=text, parents=[common], allow_abbrev=False) for name, text in BENCHES.items()}
     each["table"].add_argument("--large", action="store_true", help="also 10^9 numbers on two ranks; takes 14 GiB and minutes")
     link = each["exchange"]
-    link.add_argument("--latency-us", type=_positive, help="of a message in the model; default: InfiniBand's")
-    link.add_argument("--bandwidth-gb-s", type=_positive, help="of a rank's link; default: an HDR port's")
+    link.add_argument("--latency-us", type=positive, help="of a message in the model; default: InfiniBand's")
+    link.add_argument("--bandwidth-gb-s", type=positive, help="of a rank's link; default: an HDR port's")
     return parser
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
-    return value

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distcond.errors import ConfigError, RunError
-from distcond.verbs.parser import Parser, configure_logging
+from distcond.verbs.parser import Parser, configure_logging, positive
 
 
 def export(argv: list[str]) -> int:
@@ -20,7 +20,7 @@ def export(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
     parser.add_argument("--step", type=int, help="a checkpoint other than the latest")
     parser.add_argument("--flatten", action="store_true", help="fold the leaves of its trees: one matrix a prediction")
-    parser.add_argument("--max-mib", type=_positive, metavar="M", help="MiB that folded leaves may take: the most visited ones")
+    parser.add_argument("--max-mib", type=positive, metavar="M", help="MiB that folded leaves may take: the most visited ones")
     parser.add_argument("--bf16", action="store_true", help="weights in bf16, half the size")
     args = parser.parse_args(argv)
     configure_logging()
@@ -46,7 +46,7 @@ def predict(argv: list[str]) -> int:
     parser.add_argument("--step", type=int, help="of a run: a checkpoint other than the latest")
     parser.add_argument("--batch-size", type=_count, help="lines that are computed together")
     parser.add_argument("--max-new", type=_count, metavar="N", help="bytes or tokens that a text is continued by")
-    parser.add_argument("--temperature", type=_positive, help="draw them; default: always the likeliest")
+    parser.add_argument("--temperature", type=positive, help="draw them; default: always the likeliest")
     parser.add_argument("--seed", type=int, help="of what is drawn")
     parser.add_argument("--json-lines", action="store_true", help="texts are JSON strings, which may hold newlines")
     args = parser.parse_args(argv)
@@ -113,16 +113,6 @@ def _print_card(out: Path, card: dict[str, Any]) -> None:
     print(f"{'':{width}}  {'run':>10}  {'exported':>10}  {'change':>10}")
     for name, value in run.items():
         print(f"{name:{width}}  {value:>10.5g}  {exported[name]:>10.5g}  {exported[name] - value:>+10.2g}")
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
-    return value
 
 
 def _count(text: str) -> int:

@@ -26,3 +26,14 @@ def configure_logging() -> None:
         raise ConfigError(f"DISTCOND_LOG={level} is not a level; needed is one of DEBUG, INFO, WARNING, ERROR.")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("distcond").setLevel(level)
+
+
+def positive(text: str) -> float:
+    """A number above 0 on the command line."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return value
