@@ -24,20 +24,25 @@ def random_tree(
     """A layer of (in, out) = sizes whose nodes hold normal numbers of variance 1 / in, and its thresholds some too."""
     seed_cpu(seed)
     layer = TreeLinear(*sizes, depth, **options).to(dtype)
-    spread = sizes[0] ** -0.5
-    with torch.no_grad():
-        if layer.gate is not None:
-            layer.gate.running_mean.normal_(std=0.1)
-        if layer.table is None:
-            for name, parameter in layer.named_parameters():
-                if not name.startswith("gate."):
-                    parameter.normal_(std=spread)
-        else:
-            bounds = [first_node(level, layer.num_trees) for level in range(depth + 2)]
-            layer.table.ensure([torch.arange(*ends) for ends in pairwise(bounds)])
-            for _, store in layer.table.stores():
-                store.data.normal_(std=spread)
+    fill(layer)
     return layer
+
+
+@torch.no_grad()
+def fill(layer: TreeLinear, *, most_levels: int = 62) -> None:
+    """Give every node down to a level normal numbers of variance 1 / in, and the thresholds some too."""
+    spread = layer.in_features**-0.5
+    if layer.gate is not None:
+        layer.gate.running_mean.normal_(std=0.1)
+    if layer.table is None:
+        for name, parameter in layer.named_parameters():
+            if not name.startswith("gate."):
+                parameter.normal_(std=spread)
+        return
+    bounds = [first_node(level, layer.num_trees) for level in range(min(layer.depth, most_levels) + 2)]
+    layer.table.ensure([torch.arange(*ends) for ends in pairwise(bounds)])
+    for _, store in layer.table.stores():
+        store.data.normal_(std=spread)
 
 
 def tokens(count: int, in_features: int = 5, *, seed: int = 1) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distcond.nn import TreeLinear
+from distcond.nn.tree_parts import contributions
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,25 +34,6 @@ class Attribution:
         return shares_TML
 
 
-@torch.no_grad()
 def attribute(layer: TreeLinear, x_TQ: Tensor, leaf_TM: Tensor | None = None) -> Attribution:
     """What each node adds on the paths of tokens [T, Q]. leaf_TM: other leaves than theirs, int64."""
-    leaf_TM = layer.leaf(x_TQ) if leaf_TM is None else leaf_TM
-    x_TQ = x_TQ.double()
-    sizes = (len(x_TQ), layer.num_trees, layer.depth + 1, layer.out_features // layer.num_trees)
-    matrix_TMLP, bias_TMLP = x_TQ.new_zeros(sizes), x_TQ.new_zeros(sizes)
-    for token, leaves in enumerate(leaf_TM.tolist()):
-        for tree, leaf in enumerate(leaves):
-            for level, node in enumerate(path_of(leaf, layer.depth)):
-                matrix_TMLP[token, tree, level] = layer.node_weight(node, tree).double() @ x_TQ[token]
-                bias_TMLP[token, tree, level] = layer.node_bias(node, tree)
-    if layer.scales_levels:
-        scale_TMK1 = layer.gates(x_TQ.to(layer.node_bias(0).dtype)).double().abs().tanh()[..., None]
-        matrix_TMLP[:, :, 1:] *= scale_TMK1
-        bias_TMLP[:, :, 1:] *= scale_TMK1
-    return Attribution(matrix_TMLP, bias_TMLP)
-
-
-def path_of(leaf: int, depth: int) -> list[int]:
-    """Ids of the nodes on the path to a leaf, the root first."""
-    return [2**level - 1 + (leaf >> (depth - level)) for level in range(depth + 1)]
+    return Attribution(*contributions(layer, x_TQ, leaf_TM, torch.float64))

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from distcond.deploy.attribution import attribute, path_of
+from distcond.deploy.attribution import attribute
 from distcond.deploy.changes import Change, Flip, Outcome, ponder_of, run_changed
 from distcond.deploy.predict import judged
 from distcond.deploy.served import Served, parse_json, prompt_of, serve_run, vectors_of
 from distcond.errors import ConfigError, DataError, RunError
 from distcond.nn import FixedComputation, TreeLinear
+from distcond.nn.tree_parts import path_of
 from distcond.opened import open_run
 from distcond.train.table_files import tree_layers
 

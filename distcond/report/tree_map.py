@@ -14,8 +14,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from distcond.nn import TreeLinear
+from distcond.nn.tree_parts import node_keys, node_norms
 from distcond.ops import first_node
-from distcond.report.levels import Level, node_norms, visits
+from distcond.report.levels import Level, visits
 from distcond.report.probe import LayerUse
 from distcond.report.svg import shade, tag
 from distcond.report.words import percent, show
@@ -89,7 +90,8 @@ class TreeMap:
 
 def tree_map(name: str, layer: TreeLinear, use: LayerUse, levels: Sequence[Level], checkpoint: Path, step: int) -> TreeMap:
     """The map of a layer from what reached it; checkpoint, step: for ranks and clocks."""
-    keys, norms = node_norms(layer)
+    keys = node_keys(layer)
+    norms = node_norms(layer, keys)
     found = [_visited(layer, use, tree, keys, norms) for tree in range(layer.num_trees)]
     drawn = [_boxes(levels_of_tree) for levels_of_tree in found[:MOST_TREES]]
     most = [max((float(tree[level].norm.max(initial=0.0)) for tree in found), default=0.0) for level in range(layer.depth + 1)]

@@ -1,6 +1,5 @@
 """Small models of every kind, untrained but with numbers in every node, as a run would give them."""
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,9 +9,8 @@ from distcond.config import HaltingConfig, HaltingKind, ModelConfig, TreeConfig
 from distcond.config.shape import TaskShape
 from distcond.deploy.load import Deployed, build_body
 from distcond.nn import TreeLinear
-from distcond.ops import first_node
 from tests.helpers import changed
-from tests.trees import seed_cpu
+from tests.trees import fill, seed_cpu
 
 TEXT, VECTORS = TaskShape("bytes", 256, 256, 256, 12), TaskShape("vectors", 5, 6, 3, 4)
 "Bytes; and vectors of 5 numbers with two targets of 3 classes."
@@ -40,28 +38,11 @@ def random_model(config: ModelConfig, shape: TaskShape = TEXT) -> Deployed:
     with torch.no_grad():
         for module in body.modules():
             if isinstance(module, TreeLinear):
-                _fill(module)
+                fill(module, most_levels=3)
         for name, parameter in body.named_parameters():
             if name.endswith("halting.weight"):
                 parameter.normal_(std=3.0)
     return Deployed(body, shape, {})
-
-
-def _fill(layer: TreeLinear) -> None:
-    spread = layer.in_features**-0.5
-    if layer.gate is not None:
-        layer.gate.running_mean.normal_(std=0.1)
-    if layer.table is None:
-        for name, parameter in layer.named_parameters():
-            if not name.startswith("gate."):
-                parameter.normal_(std=spread)
-        return
-    depth = min(layer.depth, 3)
-    layer.table.ensure(
-        [torch.arange(*ends) for ends in pairwise(first_node(level, layer.num_trees) for level in range(depth + 2))]
-    )
-    for _, store in layer.table.stores():
-        store.data.normal_(std=spread)
 
 
 def inputs_for(shape: TaskShape, count: int = 6, *, seed: int = 1) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What is read from a model: exact parts of an output, norms, flips, and maps in which no token is lost."""
+"""What is read from a model: flips of a bit, and maps in which no token is lost."""
 
 import itertools
 import math
@@ -8,32 +8,11 @@ import pytest
 import torch
 
 from distcond.nn import TreeLinear
-from distcond.ops import first_node
-from distcond.report.levels import contributions, flipped, node_norms, visits
+from distcond.nn.tree_parts import node_keys, node_norms
+from distcond.report.levels import flipped, visits
 from distcond.report.probe import LayerUse
 from distcond.report.tree_map import MOST_BOXES, _boxes, _merged, _starts, _visited, path_of, tree_map
-
-OPTIONS = {
-    "dense": {"depth": 3, "storage": "dense"},
-    "low rank": {"depth": 5, "full_depth": 2, "rank": 2, "storage": "lazy"},
-    "forest": {"depth": 3, "full_depth": 1, "rank": 2, "num_trees": 2, "storage": "lazy"},
-    "scaled": {"depth": 3, "full_depth": 1, "rank": 2, "gate_gradient": "magnitude", "storage": "dense"},
-    "no bias": {"depth": 2, "bias": False, "storage": "lazy"},
-}
-
-
-def make_layer(depth: int, x_TQ: torch.Tensor, **options: object) -> TreeLinear:
-    """A layer whose nodes on the paths of x exist and are not zero."""
-    torch.manual_seed(0)
-    layer = TreeLinear(x_TQ.shape[1], 6, depth, **options)  # type: ignore[arg-type]
-    layer(x_TQ).sum().backward()
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.normal_()
-        for _, store in layer.table.stores() if layer.table is not None else ():
-            store.settle()
-            store.data.normal_()
-    return layer.eval()
+from tests.trees import random_tree
 
 
 @pytest.fixture(name="x_TQ")
@@ -41,25 +20,9 @@ def make_inputs() -> torch.Tensor:
     return torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_levels_add_up_to_the_output(options: dict[str, object], x_TQ: torch.Tensor) -> None:
-    layer = make_layer(x_TQ=x_TQ, **options)  # type: ignore[arg-type]
-    parts = contributions(layer, x_TQ)
-    assert len(parts) == layer.depth + 1 and float(parts[-1].abs().max()) > 0
-    # fp32, sums of eight products of numbers about 1, in another order.
-    torch.testing.assert_close(parts.sum(0).flatten(1), layer(x_TQ).detach(), atol=1e-4, rtol=1e-5)
-
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_norms_are_those_of_the_matrices(options: dict[str, object], x_TQ: torch.Tensor) -> None:
-    layer = make_layer(x_TQ=x_TQ, **options)  # type: ignore[arg-type]
-    keys, norms = node_norms(layer)
-    assert len(keys) == layer.num_materialized and bool((keys[1:] > keys[:-1]).all())
-    for key, norm in zip(keys.tolist(), norms.tolist(), strict=True):
-        level = next(level for level in range(layer.depth + 1) if key < first_node(level + 1, layer.num_trees))
-        inside = key - first_node(level, layer.num_trees)
-        tree, node = inside >> level, 2**level - 1 + (inside & ((1 << level) - 1))
-        assert norm == pytest.approx(float(layer.node_weight(node, tree).detach().norm()), rel=1e-4)
+def nodes_and_norms(layer: TreeLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    keys = node_keys(layer)
+    return keys, node_norms(layer, keys)
 
 
 def use_of(layer: TreeLinear, leaves: torch.Tensor) -> LayerUse:
@@ -75,8 +38,7 @@ def test_a_tree_of_any_depth_is_drawn_in_few_boxes_that_hold_every_token(depth: 
     use = use_of(layer, leaves)
     for level in range(depth + 1):
         layer.table.ensure_rows("low" if level else "full", visits(use, depth, level)[0] + 2**level - 1)
-    keys, norms = node_norms(layer)
-    levels = _visited(layer, use, 0, keys, norms)
+    levels = _visited(layer, use, 0, *nodes_and_norms(layer))
     boxes = _boxes(levels)
     assert len(boxes) <= MOST_BOXES
     for level in range(depth + 1):
@@ -93,7 +55,7 @@ def test_only_narrow_neighbours_become_one() -> None:
     leaves = torch.cat([torch.zeros(10_000), torch.arange(500, 600), torch.full((10_000,), 1023)]).long()
     use = use_of(layer, leaves)
     layer.table.ensure_rows("full", visits(use, 10, 10)[0] + 1023)
-    (*_, last) = _visited(layer, use, 0, *node_norms(layer))
+    (*_, last) = _visited(layer, use, 0, *nodes_and_norms(layer))
     assert [(box.number, box.tokens) for box in _boxes([last])] == [(1, 10_000), (100, 100), (1, 10_000)]
 
 
@@ -104,13 +66,13 @@ def test_a_wide_gap_parts_narrow_neighbours() -> None:
     narrow = torch.cat([torch.arange(100), torch.arange(600, 700)])
     use = use_of(layer, torch.cat([narrow.repeat(50), torch.full((10_000,), 300)]))
     layer.table.ensure_rows("full", narrow + 1023)
-    (*_, last) = _visited(layer, use, 0, *node_norms(layer))
+    (*_, last) = _visited(layer, use, 0, *nodes_and_norms(layer))
     # Each node has 1/400 of the tokens, 2.5 units, so it is narrow only for a larger least width.
     assert [box.number for box in _merged(last, _starts(last, 0.01))] == [100, 100]
 
 
 def test_nodes_are_named_by_their_bits(tmp_path: object, x_TQ: torch.Tensor) -> None:
-    layer = make_layer(3, x_TQ, num_trees=2, storage="dense")
+    layer = random_tree(3, sizes=(8, 6), dtype=torch.float32, num_trees=2, storage="dense")
     leaf_TM = layer.leaf(x_TQ) + (torch.arange(2) << 3)
     found = tree_map("x", layer, use_of(layer, leaf_TM.flatten()), [], tmp_path, 0)  # type: ignore[arg-type]
     codes = layer.codes(x_TQ)
@@ -125,7 +87,7 @@ def test_nodes_are_named_by_their_bits(tmp_path: object, x_TQ: torch.Tensor) -> 
 
 
 def test_a_flipped_bit_is_that_bit_alone(x_TQ: torch.Tensor) -> None:
-    layer = make_layer(3, x_TQ, num_trees=2, storage="dense")
+    layer = random_tree(3, sizes=(8, 6), dtype=torch.float32, num_trees=2, storage="dense")
     before = layer.codes(x_TQ)
     with flipped(layer, 2):
         changed = layer.codes(x_TQ) != before
