@@ -23,7 +23,8 @@ class TrackingConfig:
     tags: list[str] = field(default_factory=list)
     "wandb tags."
     samples: int = 4
-    "Validation examples that each validation keeps, with what the model made of them, in RUN/eval/samples.jsonl; >= 0."
+    """Validation examples that each validation keeps, with what the model made of them, in RUN/eval/samples.jsonl; >= 0. 0: no
+    pictures at all, the trees of RUN/eval/trees.jsonl neither."""
 
     def __post_init__(self) -> None:
         need(self.samples >= 0, f"tracking.samples={self.samples} is negative; use 0 for none.")

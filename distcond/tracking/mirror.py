@@ -30,7 +30,7 @@ ORPHAN_TIMEOUT_S = 5
 "The longest that a mirror outlives the run, in whole seconds."
 GOOD_END = b"end"
 "What the run tells its mirror last, if it can."
-TABLE, MAP = "val/samples", "val/computation"
+TABLE, MAP, TREE = "val/samples", "val/computation", "val/tree"
 BUSY, NO_KEY = "busy", "no key"
 "What `send` may answer instead of the error."
 
@@ -164,16 +164,14 @@ def _settings(**more: Any) -> Any:
 
 
 class _Copy:
-    """Logs the rows of metrics.jsonl after a step, and the samples of a validation as a table beside its row."""
+    """Logs the rows of metrics.jsonl after a step, and beside that of a validation its samples and its trees, as pictures."""
 
     def __init__(self, run: Any, task: dict[str, Any], after: int, start: int, answers: TextIO) -> None:
         self._run, self._after, self._answers = run, after, answers
         self._metrics = Path(task["metrics"]).open("rb")  # noqa: SIM115 - open as long as the process
         self._metrics.seek(start)
-        self._samples_file = Path(task["samples"])
-        self._samples: BinaryIO | None = None
-        self._tables: dict[int, Any] = {}
-        self._skipped_tables = False
+        self._samples, self._trees = _Beside(task["samples"], "samples"), _Beside(task["trees"], "layers")
+        self._skips_media = False
         self.count, self.last = 0, after
 
     def rows(self, until: float = math.inf) -> None:
@@ -186,28 +184,44 @@ class _Copy:
                 return
             self._run.log({key: math.nan if value is None else value for key, value in row.items()}, step=step)
             self.count, self.last = self.count + 1, step
-            self._table(step)
+            self._media(step)
 
-    def _table(self, step: int) -> None:
-        """Log the samples of this step, if there are any. A table that cannot be sent costs no row."""
-        if self._samples is None and self._samples_file.is_file():
-            self._samples = self._samples_file.open("rb")
-        if self._samples is not None:
-            self._tables |= {int(line["step"]): line["samples"] for line in _lines(self._samples)}
-        samples = self._tables.pop(step, None)
-        if not samples or self._skipped_tables:
+    def _media(self, step: int) -> None:
+        """Log what there is to see of this step. Media that cannot be sent cost no row."""
+        samples, layers = self._samples.take(step), self._trees.take(step)
+        if not (samples or layers) or self._skips_media:
             return
         import wandb
 
         try:
-            values = [[json.dumps(value) if isinstance(value, list) else value for value in row.values()] for row in samples]
-            media = {TABLE: wandb.Table(columns=list(samples[0]), data=values)}
-            if page := computation_map(samples):
-                media[MAP] = wandb.Html(page, inject=False)
+            media: dict[str, Any] = {}
+            if samples:
+                values = [[json.dumps(value) if isinstance(value, list) else value for value in row.values()] for row in samples]
+                media[TABLE] = wandb.Table(columns=list(samples[0]), data=values)
+            for name, page in ((MAP, computation_map(samples)), (TREE, tree_map(layers))):
+                if page:
+                    media[name] = wandb.Html(page, inject=False)
             self._run.log(media, step=step)
         except Exception as error:  # noqa: BLE001 - whatever wandb makes of its server's answer
-            self._skipped_tables = True
-            print(f"{TABLE} is not sent any more: {_one_line(error)}", file=sys.stderr)  # noqa: T201
+            self._skips_media = True
+            print(f"pictures and tables are not sent any more: {_one_line(error)}", file=sys.stderr)  # noqa: T201
+
+
+class _Beside:
+    """Lines of a file beside metrics.jsonl, by step; it may come to be later, or never."""
+
+    def __init__(self, file: str, key: str) -> None:
+        self._place, self._key = Path(file), key
+        self._file: BinaryIO | None = None
+        self._found: dict[int, list[dict[str, Any]]] = {}
+
+    def take(self, step: int) -> list[dict[str, Any]]:
+        """What stands under the key at a step, once; empty where there is nothing."""
+        if self._file is None and self._place.is_file():
+            self._file = self._place.open("rb")
+        if self._file is not None:
+            self._found |= {int(line["step"]): line[self._key] for line in _lines(self._file)}
+        return self._found.pop(step, [])
 
 
 def computation_map(samples: list[dict[str, Any]]) -> str:
@@ -229,6 +243,42 @@ def computation_map(samples: list[dict[str, Any]]) -> str:
         parts.append(f"<pre>{''.join(spans)}</pre>")
     legend = f"<p>Background: executed steps, 1 to {most}. Line below: loss in bits.</p>"
     return f'<meta charset="utf-8">{legend}{"<hr>".join(parts)}' if parts else ""
+
+
+WIDTH, ROW = 1000, 22
+"Units of the map of a tree."
+
+
+def tree_map(layers: list[dict[str, Any]]) -> str:
+    """Levels of each tree, the root on top, as a page: width is usage, the filled height the norm of a node's matrix beside
+    the largest of its level. Empty where there are none.
+    """
+    parts = []
+    for layer in layers:
+        levels = 1 + max(node[1] for node in layer["nodes"])
+        most = [max(node[5] for node in layer["nodes"] if node[1] == level) for level in range(levels)]
+        shown = f"levels 0 to {levels - 1} of {layer['depth']}"
+        for tree in sorted({node[0] for node in layer["nodes"]}):
+            boxes = "".join(_box(node, layer["tokens"], most) for node in layer["nodes"] if node[0] == tree)
+            of = f", tree {tree + 1} of {layer['trees']}" if layer["trees"] > 1 else ""
+            name = html.escape(f"{layer['layer']}{of}: {shown}, {layer['tokens']:,} tokens")
+            size = f'viewBox="0 0 {WIDTH} {ROW * levels}" width="100%" height="{ROW * levels}" preserveAspectRatio="none"'
+            parts.append(f'<p>{name}</p><svg {size} role="img" aria-label="{name}">{boxes}</svg>')
+    legend = "Width: share of the tokens since the last validation. Height: norm of the matrix beside the largest of its level."
+    return f'<meta charset="utf-8"><style>body{{font:13px sans-serif}}</style><p>{legend}</p>{"".join(parts)}' if parts else ""
+
+
+def _box(node: list[Any], total: int, most: list[float]) -> str:
+    _, level, prefix, left, tokens, norm = node
+    x, y, width, height = WIDTH * left / total, ROW * level, max(WIDTH * tokens / total - 0.6, 0.4), ROW - 2
+    filled = height * norm / most[level] if most[level] else 0.0
+    bits = f"{prefix:0{level}b}" if level else "root"
+    tip = f"{bits}: {tokens:,} tokens, {100 * tokens / total:.3g}%, norm {norm:.4g}"
+    place = f'x="{x:.1f}" width="{width:.1f}"'
+    return (
+        f'<rect {place} y="{y}" height="{height}" fill="#e4e7eb"><title>{tip}</title></rect>'
+        f'<rect {place} y="{y + height - filled:.1f}" height="{filled:.1f}" fill="#36c" pointer-events="none"/>'
+    )
 
 
 def _lines(file: BinaryIO) -> Iterator[dict[str, Any]]:

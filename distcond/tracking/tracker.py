@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 2.0
 "The longest that training waits for the mirror."
-METRICS, SAMPLES = Path("metrics.jsonl"), Path("eval") / "samples.jsonl"
+METRICS, SAMPLES, TREES = Path("metrics.jsonl"), Path("eval") / "samples.jsonl", Path("eval") / "trees.jsonl"
 "In a run folder."
 
 
@@ -30,7 +30,7 @@ class Tracker:
 
         mode: auto, offline, online or disabled (no wandb at all); with auto, WANDB_MODE decides where it is set.
         """
-        self._metrics, self._samples = _Rows(folder, METRICS, resume_step), _Rows(folder, SAMPLES, resume_step)
+        self._metrics, self._samples, self._trees = (_Rows(folder, name, resume_step) for name in (METRICS, SAMPLES, TREES))
         self._metrics.file.touch()
         self._mirror: _Mirror | None = None
         if mode == "auto":
@@ -50,10 +50,14 @@ class Tracker:
         """Append what the model makes of some examples, as mappings of the same keys, before the row of the same step."""
         self._samples.append({"step": step, "samples": [dict(sample) for sample in samples]})
 
+    def log_trees(self, step: int, layers: Sequence[Mapping[str, Any]]) -> None:
+        """Append what tokens went through in the tree layers, as JSON, before the row of the same step."""
+        self._trees.append({"step": step, "layers": [dict(layer) for layer in layers]})
+
     def close(self) -> None:
         """Finish the mirror; if that takes longer than CLOSE_TIMEOUT_S, it goes on alone, a few seconds at most."""
-        self._samples.write()
-        self._metrics.write()
+        for rows in (self._samples, self._trees, self._metrics):
+            rows.write()
         if self._mirror is not None:
             self._mirror.close()
 
@@ -64,6 +68,7 @@ def what_of(folder: Path, run: WandbRun) -> dict[str, Any]:
         "run": run.arguments(folder),
         "metrics": str(folder / METRICS),
         "samples": str(folder / SAMPLES),
+        "trees": str(folder / TREES),
         "sent_file": str(folder / SENT_FILE),
         "sent": last_sent(folder),
         "server": server(),

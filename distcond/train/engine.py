@@ -10,7 +10,8 @@ NOTE: written against DeepSpeed 0.19. Two private hooks are used, `scaled_global
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,12 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
+
+    @contextmanager
+    def whole(self, module: nn.Module) -> Iterator[None]:
+        """Meanwhile a module's own parameters are not partitioned (ZeRO 3), to be read. Collective."""
+        with deepspeed.zero.GatheredParameters(list(module.parameters(recurse=False)), enabled=self.stage == 3):
+            yield
 
     # ---- the dense part as full tensors by name: any world size and ZeRO stage can load it ----------------------------
 

@@ -17,6 +17,7 @@ from distcond.train.samples import first_answer, samples_of
 from distcond.train.schedule import learning_rate
 from distcond.train.state import Run, validate
 from distcond.train.table_files import own_tables
+from distcond.train.tree_use import nodes_in_use
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class LogHook:
         row["train/loss"] = mean_loss(sums, run.learner)
         if run.budget is not None:
             row["ponder/penalty"] = run.budget.penalty
-        row |= figures | pondering | tree_usage(run.learner, world, expert)
+        row |= figures | pondering | tree_usage(run.learner, world, expert, run.tree_use.add)
         performance = run.meter.performance(expert, float(sums[SUMS.index("positions")]))
         if self.peak_tflops:
             flops = 6 * self.cost.macs(pondering["ponder/steps"]) * performance["perf/tokens_per_s"]
@@ -99,9 +100,12 @@ class ValidationHook:
         if is_better(figures[metric], run.summary.get("best")):
             run.summary["best"] = {"metric": metric, "value": figures[metric], "step": run.step}
         run.summary["last"] = figures
+        trees = nodes_in_use(run.tree_use, run.engine) if run.config.tracking.samples else []
         if self.tracker:
             if samples := samples_of(run.learner, seen, run.config.tracking.samples):
                 self.tracker.log_samples(run.step, samples)
+            if trees:
+                self.tracker.log_trees(run.step, trees)
             self.tracker.log(row)
         run.meter.started += time.perf_counter() - start
 

@@ -5,7 +5,7 @@ Names are given in the README; every one has a unit or is dimensionless.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,24 +62,31 @@ def ponder(sums: Tensor, prefix: str = "ponder") -> dict[str, float]:
     }
 
 
-def tree_usage(model: nn.Module, world: Collective, expert: Collective) -> dict[str, float]:
+def tree_usage(
+    model: nn.Module,
+    world: Collective,
+    expert: Collective,
+    note: Callable[[str, TreeLinear, Tensor, Tensor], None] | None = None,
+) -> dict[str, float]:
     """How the tokens since the last call spread over a tree's leaves, mean over trees and layers; nodes that exist, of all.
 
     A collective call. leaf_entropy_nats: of the load; load_max_over_mean: busiest leaf over the mean of all 2**K;
     dead_leaves: leaves without a token; capped_pct: tokens whose path ended above its leaf, for their table is full;
     rank_load_max_over_mean: tokens that the busiest rank served. nonfinite_inputs: rows with a NaN or infinite gate, summed
-    over layers.
+    over layers. note: told of each layer by name, with its leaves (tree << depth | leaf) and their tokens on all ranks.
     """
     rows: list[dict[str, float]] = []
     nodes, nonfinite = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
     replicated = 0.0
-    for layer in tree_layers(model).values():
+    for name, layer in tree_layers(model).items():
         nonfinite += layer.take_nonfinite()
         leaf_G, count_G = layer.take_leaf_loads()
         union_G = world.gather_union(leaf_G)
         load_G = torch.zeros(len(union_G), dtype=torch.float64, device=leaf_G.device)
         load_G[torch.searchsorted(union_G, leaf_G)] = count_G.double()
         total = max(1.0, float(world.sum_(load_G).sum()))
+        if note is not None:
+            note(name, layer, union_G, load_G)
         served = torch.zeros(1 + world.size, dtype=torch.float64)
         served[0] = 0 if layer.table is None else layer.table.growth.take_capped()
         served[1 + world.rank] = float(count_G.sum())

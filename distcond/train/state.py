@@ -25,6 +25,7 @@ from distcond.train.learner import learner_for
 from distcond.train.metrics import Meter
 from distcond.train.run_folder import RunFolder
 from distcond.train.table_files import load_tables, tree_layers
+from distcond.train.tree_use import TreeUse
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ class Run:
     budget: StepBudget | None = None
     "What sets the learner's penalty, where the run has target_steps."
     stop: bool = False
+    tree_use: TreeUse = field(default_factory=TreeUse)
+    "What the tokens of the training steps since the last validation went through, up to the last row of metrics."
 
     def __post_init__(self) -> None:
         self.writer = CheckpointWriter(self.folder.checkpoints, self.engine.tables, self.config.checkpoint, self.note)

@@ -39,11 +39,14 @@ def make_run(folder: Path, steps: range, **changes: object) -> Path:
     (folder / "eval").mkdir(exist_ok=True)
     tracking = {"tracking__project": "trees", "tracking__group": "g", "tracking__tags": ["deep"], "tracking__mode": "offline"}
     save_config(changed(Config(), run__name=folder.name, **{**tracking, **changes}), folder / "config.yaml")
-    with (folder / "metrics.jsonl").open("a") as rows, (folder / "eval" / "samples.jsonl").open("a") as samples:
+    layer = {"layer": "up", "depth": 3, "trees": 1, "tokens": 4, "nodes": [[0, 0, 0, 0, 4, 1.5]]}
+    files = [folder / name for name in ("metrics.jsonl", "eval/samples.jsonl", "eval/trees.jsonl")]
+    with files[0].open("a") as rows, files[1].open("a") as samples, files[2].open("a") as trees:
         for step in steps:
             rows.write(json.dumps({"step": step, "train/loss": 1 / step}) + "\n")
             if step % 10 == 0:
                 samples.write(json.dumps({"step": step, "samples": [{"example": 0, "input": "a", "steps": [1, 2]}]}) + "\n")
+                trees.write(json.dumps({"step": step, "layers": [layer]}) + "\n")
                 rows.write(json.dumps({"step": step, "val/bpb": 2.5, "perf/nan": None}) + "\n")
     return folder
 
@@ -60,13 +63,15 @@ def test_what_has_not_been_sent_is_sent_once_and_a_run_that_grew_goes_on(
     assert main(["sync", str(folder)]) == 0
     name = run_id(folder)
     assert capsys.readouterr().out == f"{folder}: 22 rows sent to {name}\n"
-    table = {"val/bpb": 2.5, "perf/nan": ANY, "val/samples": ANY}
+    table = {"val/bpb": 2.5, "perf/nan": ANY, "val/samples": ANY, "val/tree": ANY}
     sent = [{"step": step, "train/loss": 1 / step} | (table if step % 10 == 0 else {}) for step in range(1, 26)]
     assert server.rows(name) == sent[:20]
     run = server.runs[name]
     assert (run["displayName"], run["project"], run["groupName"], run["tags"]) == ("first", "trees", "g", ["deep"])
     assert '"seed":{"value":0}' in run["config"]
     tables = [json.loads(body) for path, body in server.files.items() if "/media/table/val/samples" in path]
+    pages = [body for path, body in server.files.items() if "/media/html/val/tree" in path]
+    assert len(pages) == 2 and all(b"<title>root: 4 tokens, 100%, norm 1.5</title>" in body for body in pages)
     assert tables == 2 * [{"columns": ["example", "input", "steps"], "data": [[0, "a", "[1, 2]"]]}]
 
     asked = server.num_requests

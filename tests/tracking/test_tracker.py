@@ -199,9 +199,30 @@ def test_disabled_starts_nothing(tmp_path: Path, mode: str, variable: str, monke
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_an_offline_run_has_every_row(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+SAMPLES = [{"example": number, "target": text, "steps": [1, 3], "loss": [9.0, 0.5]} for number, text in enumerate(["a<", "\n)"])]
+TREES = [
+    {"layer": "<up>", "depth": 9, "trees": 1, "tokens": 40, "nodes": [[0, 0, 0, 0, 40, 2.5], [0, 1, 1, 10, 30, 0.5]]},
+    {"layer": "down", "depth": 1, "trees": 2, "tokens": 40, "nodes": [[0, 0, 0, 0, 40, 0.0], [1, 0, 0, 0, 40, 0.0]]},
+]
+"Of a validation."
+
+
+def check_pictures(computation: str, tree: str) -> None:
+    first, second = ['title="1 steps, 9.0 bits" style="background:rgba(255,140,0,0.00)', 'title="3 steps, 0.5 bits"']
+    assert computation.count(first) == computation.count(second) == 2 and ">&lt;<" in computation and "\u21b5\n<" in computation
+    assert "&lt;up&gt;: levels 0 to 1 of 9, 40 tokens" in tree and "down, tree 2 of 2: levels 0 to 0 of 1" in tree
+    assert "<title>root: 40 tokens, 100%, norm 2.5</title>" in tree and "<title>1: 30 tokens, 75%, norm 0.5</title>" in tree
+    # Half an unit is left between boxes; the largest of a level is filled from the bottom to the top.
+    assert '<rect x="250.0" width="749.4" y="22.0" height="20.0" fill="#36c"' in tree
+    assert tree.count("<svg ") == tree.count("</svg>") == 3 and tree.count("<title>") == 4
+
+
+def test_an_offline_run_has_every_row_and_its_pictures(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tracker = track(tmp_path, "auto")
     for row in ROWS[:20]:
+        if row["step"] == 10:
+            tracker.log_samples(10, SAMPLES)
+            tracker.log_trees(10, TREES)
         tracker.log(row)
     wait_for(lambda: offline_runs(tmp_path))
     for row in ROWS[20:]:
@@ -211,7 +232,13 @@ def test_an_offline_run_has_every_row(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert "wandb" not in sys.modules
 
     records = finished_run(tmp_path)
-    assert mirrored_rows(records) == [{**row, "perf/nan": "NaN"} for row in ROWS]
+    rows = mirrored_rows(records)
+    media = {key: rows[9].pop(key) for key in list(rows[9]) if key.startswith("val/")}
+    kinds = {"val/samples._type": "table-file", "val/computation._type": "html-file", "val/tree._type": "html-file"}
+    assert {key: value for key, value in media.items() if key.endswith("_type")} == kinds
+    assert rows == [{**row, "perf/nan": "NaN"} for row in ROWS]
+    shown = [next(tmp_path.glob(f"wandb/offline-run-*/files/media/html/val/{name}_*.html")) for name in ("computation", "tree")]
+    check_pictures(*(file.read_text() for file in shown))
     assert records["exit"][0]["exit_code"] == 0
     assert records["metric"] == [{"glob_name": "*", "options": ANY, "step_metric": "step"}]
     (run,) = records["run"]
@@ -323,9 +350,6 @@ def test_a_server_that_hangs_leaves_a_complete_offline_run(
 def test_an_online_run_has_every_row_and_its_samples_and_going_on_continues_its_curve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings_logged: list[str]
 ) -> None:
-    samples = [
-        {"example": number, "target": text, "steps": [1, 3], "loss": [9.0, 0.5]} for number, text in enumerate(["a<", "\n)"])
-    ]
     with wandb_server() as server:
         for name, value in server.variables.items():
             monkeypatch.setenv(name, value)
@@ -334,31 +358,36 @@ def test_an_online_run_has_every_row_and_its_samples_and_going_on_continues_its_
             for step in range(start + 10, start + 31, 10):
                 tracker.log({"step": step, "loss": 1 / step})
                 if step % 20 == 0:
-                    tracker.log_samples(step, samples)
+                    tracker.log_samples(step, SAMPLES)
+                    tracker.log_trees(step, TREES)
                     tracker.log({"step": step, "val/loss": start + step})
             assert wait_for(lambda number=1 + start // 20: server.num_starts == number)
             tracker.close()
             assert wait_for(lambda last=start + 30: sent_step(tmp_path) == last, 10)
+        media = {"val/samples": ANY, "val/computation": ANY, "val/tree": ANY}
         assert server.rows("some-id") == [
             {"step": 10, "loss": 0.1},
-            {"step": 20, "loss": 0.05, "val/loss": 20, "val/samples": ANY, "val/computation": ANY},
+            {"step": 20, "loss": 0.05, "val/loss": 20, **media},
             {"step": 30, "loss": 1 / 30},  # and not once more
-            {"step": 40, "loss": 0.025, "val/loss": 60, "val/samples": ANY, "val/computation": ANY},
+            {"step": 40, "loss": 0.025, "val/loss": 60, **media},
             {"step": 50, "loss": 0.02},
         ]
         run = server.runs["some-id"]
         assert (run["displayName"], run["groupName"], run["tags"]) == ("name", "group", ["deep", "small"])
         assert '"model":{"value":{"depth":3}}' in run["config"]
         tables = [json.loads(body) for path, body in server.files.items() if "/media/table/val/samples" in path]
-        pages = [body.decode() for path, body in server.files.items() if "/media/html/val/computation" in path]
+        pages = [
+            next(body.decode() for path, body in server.files.items() if f"/media/html/val/{name}" in path)
+            for name in ("computation", "tree")
+        ]
     assert tables[0]["columns"] == ["example", "target", "steps", "loss"]
     assert tables[0]["data"][0] == [0, "a<", "[1, 3]", "[9.0, 0.5]"]
-    first, second = ['title="1 steps, 9.0 bits" style="background:rgba(255,140,0,0.00)', 'title="3 steps, 0.5 bits"']
-    assert pages[0].count(first) == pages[0].count(second) == 2 and ">&lt;<" in pages[0] and "\u21b5\n<" in pages[0]
+    check_pictures(*pages)
     assert not warnings_logged
     assert [row["step"] for row in rows_in(tmp_path)] == [10, 20, 20, 30, 40, 40, 50]
-    kept = [json.loads(line)["step"] for line in (tmp_path / "eval" / "samples.jsonl").read_text().splitlines()]
-    assert kept == [20, 40]
+    for name in ("samples", "trees"):
+        kept = [json.loads(line)["step"] for line in (tmp_path / "eval" / f"{name}.jsonl").read_text().splitlines()]
+        assert kept == [20, 40]
 
 
 @pytest.mark.thorough
