@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from distcond.evaluate.seen import Array, Positions
+from distcond.positions import Array, Positions
+from distcond.rank_correlation import rank_scores
 
 SHUFFLES = 199
 "Of each kind: the least p-value is 1 in 200."
@@ -37,26 +38,8 @@ def steps_beside_chance(seen: Positions) -> dict[str, float]:
     return figures
 
 
-def ranks(values: Array) -> Array:
-    """Rank of each number from 1, float64; equal ones share the mean of theirs."""
-    _, index, count = np.unique(values, return_inverse=True, return_counts=True)
-    return np.asarray((np.cumsum(count) - (count - 1) / 2)[index])
-
-
-def rank_correlation(left: Array, right: Array) -> float:
-    """Spearman's, of two arrays as long; NaN if all numbers of one are equal."""
-    return float(_scores(left) @ _scores(right))
-
-
-def _scores(values: Array) -> Array:
-    """Ranks, centred, of norm 1: the inner product of two is their correlation."""
-    centred = ranks(values) - (len(values) + 1) / 2
-    with np.errstate(invalid="ignore"):
-        return np.asarray(centred / np.linalg.norm(centred))
-
-
 def _beside_chance(name: str, steps_ET: Array, difficulty_ET: Array, asked_ET: Array) -> dict[str, float]:
-    steps_N, difficulty_N = _scores(steps_ET[asked_ET]), _scores(difficulty_ET[asked_ET])
+    steps_N, difficulty_N = rank_scores(steps_ET[asked_ET]), rank_scores(difficulty_ET[asked_ET])
     found = float(steps_N @ difficulty_N)
     if np.isnan(found):
         return {}

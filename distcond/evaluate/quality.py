@@ -14,8 +14,9 @@ import numpy as np
 from distcond.data.batch import Batch
 from distcond.data.generated import GeneratedTask
 from distcond.data.tasks import Task
-from distcond.evaluate.seen import Array, PerExample, Positions
+from distcond.evaluate.seen import PerExample
 from distcond.evaluate.visits import Visited
+from distcond.positions import Array, Positions
 
 RESAMPLES = 1000
 SEED = 0
@@ -40,7 +41,7 @@ class Quality:
     def of(cls, seen: Positions, *, is_text: bool, bytes_per_token: float) -> "Quality":
         """From the figures of positions."""
         if is_text:
-            bits_ET = seen.nll / math.log(2)
+            bits_ET = seen.loss_bits
             return cls("val/bpb", bits_ET.sum(1), seen.asked.sum(1) * bytes_per_token, bits_ET / bytes_per_token)
         return cls("val/sequence_error", (seen.wrong.sum(1) > 0).astype(float), (seen.asked.sum(1) > 0).astype(float), None)
 
@@ -143,7 +144,7 @@ def by_group(seen: Positions, names: list[str], group_ET: Array, *, is_text: boo
     for number in np.flatnonzero(counts):
         inside_ET = seen.valid & (group_ET == number)
         means = {"pct": 100 * counts[number] / counts.sum(), "steps": seen.steps[inside_ET].mean()}
-        means["bits"] = seen.nll[inside_ET].mean() / math.log(2)
+        means["bits"] = seen.loss_bits[inside_ET].mean()
         figures |= {f"val/{names[number]}/{kind}": float(means[kind]) for kind in (means if is_text else ["steps"])}
     return figures
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from distcond.evaluate.seen import Array
 from distcond.evaluate.visits import Visited
 from distcond.nn import TreeLinear
+from distcond.positions import Array
 from distcond.train.table_files import tree_layers
 
 

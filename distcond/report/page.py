@@ -67,7 +67,7 @@ def _maps(opened: OpenedRun) -> tuple[Spending, list[TreeMap]]:
     """Where computation and tokens go in a model."""
     task, learner = opened.feeder.task, opened.learner
     seen = probe(learner, task, opened.config.data.validation_examples)
-    if not np.isfinite(seen.loss_BT[seen.valid_BT]).all():
+    if not np.isfinite(seen.positions.nll[seen.positions.valid]).all():
         raise RunError(
             f"{opened.checkpoint} answers with NaN or infinity, so there is nothing to map; report a run that has learned."
         )

@@ -12,14 +12,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from distcond.data.batch import Batch, select
 from distcond.data.tasks import Task, TextTask
 from distcond.nn import TreeLinear
-from distcond.nn.halting import PonderStats
 from distcond.nn.model import Learner
-from distcond.train.state import tensors
+from distcond.positions import Positions, ask
 from distcond.train.table_files import tree_layers
 
 MOST_POSITIONS = 8192
@@ -46,17 +44,10 @@ class LayerUse:
 
 @dataclass(slots=True)
 class Probe:
-    """What was seen; numpy arrays of all positions, of which `valid_BT` are part of an example."""
+    """What was seen."""
 
     batch: Batch
-    valid_BT: np.ndarray
-    steps_BT: np.ndarray
-    loss_BT: np.ndarray
-    "Bits: of the target byte or token, or of all targets of an element."
-    entropy_BT: np.ndarray
-    "Bits: of the prediction."
-    wrong_BT: np.ndarray
-    "Whether any target of the element is missed."
+    positions: Positions
     layers: dict[str, LayerUse]
 
 
@@ -83,18 +74,17 @@ def probe(learner: Learner, task: Task, num_examples: int) -> Probe:
             batch = select(examples, slice(start, start + rows))
             for layer in seen.values():
                 layer.is_first = True
-            parts.append(_answer(learner, batch))
-    valid, steps, loss, entropy, wrong = (np.concatenate(part) for part in zip(*parts, strict=True))
-    shape = valid.shape
+            parts.append(ask(learner, batch)[1])
+    positions = Positions.join(parts)
+    shape = positions.valid.shape
     uses = {name: _use(seen[name], layer, shape) for name, layer in tree_layers(learner).items() if seen[name].leaves}
-    return Probe(examples, valid, steps, loss, entropy, wrong, uses)
+    return Probe(examples, positions, uses)
 
 
-@torch.no_grad()
 def loss_of(learner: Learner, batch: Batch) -> float:
     """Mean bits of an element."""
-    valid, _, loss, _, _ = _answer(learner, batch)
-    return float(loss[valid].mean())
+    _, positions = ask(learner, batch)
+    return float(positions.loss_bits[positions.valid].mean())
 
 
 @contextmanager
@@ -132,38 +122,6 @@ def _use(seen: _Seen, layer: TreeLinear, shape: tuple[int, ...]) -> LayerUse:
     first = torch.cat(seen.first)
     is_whole = len(first) == math.prod(shape)
     return LayerUse(leaf_V, count_V, torch.cat(seen.inputs)[:KEPT_INPUTS], first.view(*shape, -1) if is_whole else None)
-
-
-def _answer(learner: Learner, batch: Batch) -> tuple[np.ndarray, ...]:
-    """Of each position [B, T]: whether it counts, steps, loss and entropy in bits, whether anything is wrong."""
-    inputs, targets, lengths = tensors(batch, torch.device("cpu"))
-    logits, stats = _body(learner, inputs, lengths)
-    loss, entropy, wrong = _figures(logits.float(), targets, learner.num_classes)
-    valid = torch.arange(logits.shape[1]) < lengths[:, None]
-    parts = (valid, stats.steps.view(valid.shape), loss / math.log(2), entropy / math.log(2), wrong)
-    return tuple(part.numpy() for part in parts)
-
-
-def _body(learner: Learner, inputs: Tensor, lengths: Tensor) -> tuple[Tensor, PonderStats]:
-    answer: tuple[Tensor, PonderStats] = learner.body(inputs, lengths)
-    return answer
-
-
-def _figures(logits_BTO: Tensor, targets: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and entropy in nats, summed over the targets of a position, and whether any is missed: [B, T] each."""
-    if num_classes == 1:
-        wanted = targets.float()
-        loss = binary_cross_entropy_with_logits(logits_BTO, wanted, reduction="none")
-        p = logits_BTO.sigmoid()
-        entropy = torch.special.entr(p) + torch.special.entr(1 - p)
-        wrong = (logits_BTO > 0) != (wanted > 0.5)
-        return loss.sum(2), entropy.sum(2), wrong.any(2)
-    classes = targets.long().view(*targets.shape[:2], -1)
-    logits = logits_BTO.unflatten(2, (-1, num_classes))
-    asked = classes >= 0
-    loss = cross_entropy(logits.flatten(0, 2), classes.flatten(), reduction="none", ignore_index=-1).view_as(classes)
-    entropy = torch.where(asked, torch.special.entr(logits.softmax(-1)).sum(-1), 0.0)
-    return loss.sum(2), entropy.sum(2), (asked & (logits.argmax(-1) != classes)).any(2)
 
 
 def _examples(task: Task, num_examples: int, count: int) -> Batch:

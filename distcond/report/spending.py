@@ -11,6 +11,8 @@ import numpy as np
 from distcond.data.generated import GeneratedTask
 from distcond.data.places import PLACES, places_of
 from distcond.data.tasks import Task, TextTask
+from distcond.positions import Positions
+from distcond.rank_correlation import rank_correlation
 from distcond.report.probe import Probe
 from distcond.report.words import glyphs, show
 
@@ -65,11 +67,11 @@ class Spending:
 
 def spending(task: Task, probe: Probe) -> Spending:
     """The map of what was seen."""
-    valid = probe.valid_BT
-    steps, loss = probe.steps_BT[valid], probe.loss_BT[valid]
+    seen = probe.positions
+    steps, loss = seen.steps[seen.valid], seen.nll[seen.valid]
     number, count = np.unique(steps, return_counts=True)
     by, groups = _groups(task, probe)
-    scales = _scales(probe)
+    scales = _scales(seen)
     is_text = task.kind == "bytes"
     return Spending(
         excerpt=_excerpt(task, probe, scales) if is_text else [],
@@ -79,29 +81,30 @@ def spending(task: Task, probe: Probe) -> Spending:
         histogram=[(int(n), float(c) / len(steps)) for n, c in zip(number, count, strict=True)],
         positions=len(steps),
         unit=task.unit[:-1] if isinstance(task, TextTask) else "token" if is_text else "element",
-        correlation=_rank_correlation(steps, loss) if len(number) > 1 and np.ptp(loss) > 0 else None,
+        correlation=rank_correlation(steps, loss) if len(number) > 1 and np.ptp(loss) > 0 else None,
     )
 
 
-def _scales(probe: Probe) -> list[tuple[str, float, float]]:
+def _scales(seen: Positions) -> list[tuple[str, float, float]]:
     """From nothing to what 98% of elements stay below; of steps, from the fewest to the most."""
-    valid = probe.valid_BT
-    steps = probe.steps_BT[valid]
-    ends = [max(float(np.quantile(part[valid], 0.98)), 1e-6) for part in (probe.loss_BT, probe.entropy_BT)]
+    steps = seen.steps[seen.valid]
+    ends = [max(float(np.quantile(part[seen.valid], 0.98)), 1e-6) for part in (seen.loss_bits, seen.entropy_bits)]
     return [("steps", float(steps.min()), float(steps.max())), ("loss", 0.0, ends[0]), ("entropy", 0.0, ends[1])]
 
 
 def _excerpt(task: Task, probe: Probe, scales: Sequence[tuple[str, float, float]]) -> list[list[Sign]]:
     length = min(task.max_length, EXCERPT)
-    count = max(1, min(len(probe.steps_BT), EXCERPT // length))
-    rows = np.arange(count) * len(probe.steps_BT) // count
+    seen = probe.positions
+    count = max(1, min(len(seen.steps), EXCERPT // length))
+    rows = np.arange(count) * len(seen.steps) // count
+    shown = (seen.steps, seen.loss_bits, seen.entropy_bits)
     first = next((use.first_leaf_BTM for use in probe.layers.values()), None)
     is_bytes = task.input_size == 256
     windows = []
     for row in rows.tolist():
         targets = probe.batch.targets[row, :length].tolist()
         signs = glyphs(targets, is_bytes=is_bytes)
-        columns = [part[row, :length].tolist() for part in (probe.steps_BT, probe.loss_BT, probe.entropy_BT)]
+        columns = [part[row, :length].tolist() for part in shown]
         leaves = [""] * length if first is None else [_leaf(leaf) for leaf in first[row, :length].tolist()]
         rows_of = zip(targets, signs, *columns, leaves, strict=True)
         windows.append([_sign(value, sign, figures, leaf, scales, is_bytes) for value, sign, *figures, leaf in rows_of])
@@ -131,28 +134,18 @@ def _groups(task: Task, probe: Probe) -> tuple[str, list[Group]]:
     batch = probe.batch
     if isinstance(task, TextTask) and task.unit == "bytes":
         places = places_of(np.concatenate([batch.inputs[:, :1], batch.targets], axis=1))
-        return "place in the text", _by_group(probe, places, list(PLACES))
+        return "place in the text", _by_group(probe.positions, places, list(PLACES))
     if isinstance(task, GeneratedTask) and task.measure:
         names = [str(amount) for amount in range(task.input_size + 1)]
-        return task.measure, _by_group(probe, task.measured(batch.inputs), names)
+        return task.measure, _by_group(probe.positions, task.measured(batch.inputs), names)
     return "", []
 
 
-def _by_group(probe: Probe, group_BT: np.ndarray, names: Sequence[str]) -> list[Group]:
-    valid = probe.valid_BT
+def _by_group(seen: Positions, group_BT: np.ndarray, names: Sequence[str]) -> list[Group]:
+    valid = seen.valid
     group, total = group_BT[valid], int(valid.sum())
     count = np.bincount(group, minlength=len(names))
-    columns = [probe.steps_BT, probe.loss_BT, probe.wrong_BT, probe.entropy_BT]
+    columns = [seen.steps, seen.loss_bits, seen.wrong > 0, seen.entropy_bits]
     means = [np.bincount(group, part[valid].astype(float), len(names)) / np.maximum(count, 1) for part in columns]
     shown = [place for place in range(len(names)) if count[place]]
     return [Group(names[place], count[place] / total, *(float(mean[place]) for mean in means)) for place in shown]
-
-
-def _rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Spearman's: that of the ranks, equal values having the mean of theirs."""
-    return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, inverse, count = np.unique(values, return_inverse=True, return_counts=True)
-    return np.asarray((np.cumsum(count) - (count - 1) / 2)[inverse])

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from distcond.evaluate.chance import rank_correlation, ranks, steps_beside_chance
-from distcond.evaluate.seen import Array, Positions
+from distcond.evaluate.chance import steps_beside_chance
+from distcond.positions import Array, Positions
 
 WAYS = ("", "_within_sequences", "_at_equal_positions")
 
@@ -17,12 +17,6 @@ def positions(steps: Array, loss: Array, asked: Array | None = None) -> Position
 def p_values(steps: Array, loss: Array) -> list[float]:
     figures = steps_beside_chance(positions(steps, loss))
     return [figures[f"control/steps_loss{way}_p"] for way in WAYS]
-
-
-def test_ranks_of_equal_numbers_are_the_mean_of_theirs() -> None:
-    assert ranks(np.array([3, 1, 3, 2])).tolist() == [3.5, 1, 3.5, 2]
-    assert rank_correlation(np.array([1, 2, 4]), np.array([9.0, 8.5, -1.0])) == pytest.approx(-1)
-    assert rank_correlation(np.array([1, 2, 3, 4]), np.array([2, 1, 4, 3])) == pytest.approx(0.6)  # 1 - 6 x 4 / (4 x 15)
 
 
 @pytest.mark.thorough

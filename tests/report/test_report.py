@@ -106,13 +106,14 @@ def test_the_look_at_the_model_is_the_last_validation(text_run: Config) -> None:
     """The probe sees all of a small validation set."""
     opened = open_run(path_of(text_run))
     seen = probe(opened.learner, opened.feeder.task, text_run.data.validation_examples)
+    positions = seen.positions
     last = [row for row in read_run(path_of(text_run)).rows if "val/bpb" in row][-1]
-    assert seen.loss_BT.size == text_run.data.validation_examples * text_run.data.context
-    assert seen.loss_BT.mean() == pytest.approx(last["val/bpb"], rel=1e-5)  # fp32, summed in other batches
-    assert seen.steps_BT.mean() == pytest.approx(last["val/ponder/steps"])
-    assert seen.wrong_BT.mean() == pytest.approx(last["val/element_error"])
+    assert positions.nll.size == text_run.data.validation_examples * text_run.data.context
+    assert positions.loss_bits.mean() == pytest.approx(last["val/bpb"], rel=1e-5)  # fp32, summed in other batches
+    assert positions.steps.mean() == pytest.approx(last["val/ponder/steps"])
+    assert positions.wrong.mean() == pytest.approx(last["val/element_error"])
     (use,) = seen.layers.values()
-    assert int(use.count_V.sum()) == seen.steps_BT.sum() and use.first_leaf_BTM is not None
+    assert int(use.count_V.sum()) == positions.steps.sum() and use.first_leaf_BTM is not None
 
 
 def test_the_verdict_says_what_is_not_known(text_run: Config, copied: Callable[[str], Path]) -> None:

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from distcond.data.tasks import build_task
 from distcond.report.probe import probe
-from distcond.report.spending import SHADES, _rank_correlation, _shade, spending
+from distcond.report.spending import SHADES, _shade, spending
 from distcond.train.learner import learner_for
 from tests.helpers import small_config
 
@@ -24,20 +23,17 @@ def test_a_task_is_told_apart_by_its_difficulty(name: str, tmp_path: Path) -> No
         learner.body.ponder.halting.weight.normal_(std=16)  # type: ignore[union-attr]
     seen = probe(learner, task, 64)
     spent = spending(task, seen)
-    steps = seen.steps_BT[seen.valid_BT]
+    positions = seen.positions
+    steps = positions.steps[positions.valid]
     assert len(steps) == spent.positions == seen.batch.lengths.sum() and len(set(steps.tolist())) > 1
     assert sum(share for _, share in spent.histogram) == pytest.approx(1)
     assert sum(number * share for number, share in spent.histogram) == pytest.approx(steps.mean())
     assert spent.excerpt == [] and spent.by == {"logic": "gates", "sort": "", "parity": "set_bits"}[name]
-    for key, part in (("steps", seen.steps_BT), ("loss", seen.loss_BT), ("wrong", seen.wrong_BT)) if spent.groups else ():
+    for key, part in (
+        (("steps", positions.steps), ("loss", positions.loss_bits), ("wrong", positions.wrong > 0)) if spent.groups else ()
+    ):
         mean = sum(group.share * getattr(group, key) for group in spent.groups)
-        assert mean == pytest.approx(part[seen.valid_BT].mean(), rel=1e-5)
-
-
-def test_rank_correlation_shares_ranks_among_equals() -> None:
-    """By hand: ranks 1.5, 1.5, 3 and 1, 2, 3 have covariance 1.5 and variances 1.5, 2."""
-    assert _rank_correlation(np.array([1, 1, 5]), np.array([0.1, 0.2, 9.0])) == pytest.approx(1.5 / 3**0.5)
-    assert _rank_correlation(np.array([1, 2, 3]), np.array([9.0, 8.0, 7.0])) == pytest.approx(-1)
+        assert mean == pytest.approx(part[positions.valid].mean(), rel=1e-5)
 
 
 def test_bars_reach_from_the_least_to_the_most() -> None:
