@@ -4,7 +4,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from distcond.evaluate.chance import WAYS
+
 GROUP = re.compile(r"val/\w+/(pct|steps|bits)$")
+CHANCE = "control/steps_"
 QUALITIES = {"val/bpb": "bits per byte", "val/sequence_error": "sequences with an error"}
 SECTIONS = {
     "operating cost": {
@@ -53,8 +56,9 @@ def table(result: Mapping[str, Any]) -> str:
     columns = max(10, *(len(cell) for _, cells in rows for cell in cells))
     head = [f"{label:<{width}}  {'  '.join(cell.rjust(columns) for cell in cells)}".rstrip() for label, cells in rows]
     groups = {key: value for key, value in result.items() if GROUP.match(key) and not key.startswith((name, "val/ponder"))}
-    rest = {key: value for key, value in result.items() if key not in shown | groups.keys() and not key.startswith("against")}
-    parts = [[*head, *_difference(result)], _lines(rest), _by_group(groups)]
+    told = shown | groups.keys() | {key for key in result if key.startswith((CHANCE, "against"))}
+    rest = {key: value for key, value in result.items() if key not in told}
+    parts = [[*head, *_difference(result)], _lines(rest), _chance(result), _by_group(groups)]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
@@ -70,6 +74,23 @@ def _by_group(figures: Mapping[str, float]) -> list[str]:
     width = max(map(len, names), default=0)
     lines = [[f"{name:<{width}}", *(f"{figures[f'val/{name}/{kind}']:8.4g}" for kind in kinds)] for name in names]
     return ["  ".join([" " * width, *(f"{kind:>8}" for kind in kinds)]), *map("  ".join, lines)] if names else []
+
+
+def _chance(result: Mapping[str, Any]) -> list[str]:
+    """Rank correlations of steps, and beside them those of steps that were shuffled in each way: the middle 95%, and p."""
+    lines = []
+    for of in ("loss", "entropy"):
+        name = f"{CHANCE}{of}"
+        if f"{name}_rank_correlation" in result:
+            ranges = [
+                f"{result[f'{name}_{way}_low']:+.3f} to {result[f'{name}_{way}_high']:+.3f} (p {result[f'{name}_{way}_p']:.3g})"
+                for way in WAYS
+            ]
+            lines.append([f"steps with {of}", f"{result[f'{name}_rank_correlation']:+.3f}", *ranges])
+    heads = ["", "rank correlation", *(f"by chance, {way.replace('_', ' ')}" for way in WAYS)]
+    widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in (heads, *lines)]
+    return ["  ".join(line).rstrip() for line in padded] if lines else []
 
 
 def _difference(result: Mapping[str, Any]) -> list[str]:

@@ -3,10 +3,8 @@
 import numpy as np
 import pytest
 
-from distcond.evaluate.chance import steps_beside_chance
+from distcond.evaluate.chance import WAYS, steps_beside_chance
 from distcond.positions import Array, Positions
-
-WAYS = ("", "_within_sequences", "_at_equal_positions")
 
 
 def positions(steps: Array, loss: Array, asked: Array | None = None) -> Positions:
@@ -16,7 +14,7 @@ def positions(steps: Array, loss: Array, asked: Array | None = None) -> Position
 
 def p_values(steps: Array, loss: Array) -> list[float]:
     figures = steps_beside_chance(positions(steps, loss))
-    return [figures[f"control/steps_loss{way}_p"] for way in WAYS]
+    return [figures[f"control/steps_loss_{way}_p"] for way in WAYS]
 
 
 @pytest.mark.thorough
@@ -40,7 +38,7 @@ def test_steps_that_follow_the_place_alone_are_chance_at_equal_positions() -> No
     loss = np.arange(8.0) + rng.random((16, 8))
     steps = np.arange(1, 9) + rng.integers(0, 2, (16, 8))
     figures = steps_beside_chance(positions(steps, loss))
-    assert figures["control/steps_loss_p"] == figures["control/steps_loss_within_sequences_p"] == 0.005
+    assert figures["control/steps_loss_shuffled_p"] == figures["control/steps_loss_within_sequences_p"] == 0.005
     assert figures["control/steps_loss_at_equal_positions_p"] > 0.05
     low, high = (figures[f"control/steps_loss_at_equal_positions_{end}"] for end in ("low", "high"))
     assert 0.8 < low <= figures["control/steps_loss_rank_correlation"] <= high
