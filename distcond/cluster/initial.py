@@ -10,16 +10,6 @@ from distcond.train.run_folder import RunFolder
 # NOTE: torch, which reads checkpoints, takes 2 s to import; it is imported where a run starts from another one.
 
 
-def parent_of(config: Config) -> str:
-    """Absolute folder of the run that train.init_from names, by a path or as a run in run.dir; empty: none."""
-    given = config.train.init_from
-    if not given:
-        return ""
-    path = Path(given).expanduser()
-    is_name = "/" not in given and not RunFolder(path).config_file.is_file()
-    return str((Path(config.run.dir).expanduser() / given if is_name else path).resolve())
-
-
 def check_start(configs: Sequence[Config]) -> str:
     """Judge whether named runs with one train.init_from can start from that run; returns a line on it for the user.
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from distcond.cluster.initial import check_start, parent_of
+from distcond.cluster.initial import check_start
 from distcond.cluster.local import preflight, ray_session
 from distcond.cluster.policy import Room, ask_of, check_room, num_runs_at_once
 from distcond.cluster.search_space import corners, parse_space, plan_trials
@@ -38,7 +38,7 @@ from distcond.compose import override
 from distcond.config import Config, DataConfig, Search, SweepConfig
 from distcond.data import absolute_paths, build_task
 from distcond.errors import ConfigError
-from distcond.train.run_folder import RunFolder
+from distcond.train.run_folder import RunFolder, parent_of
 
 LONGEST_NAME = 80
 "Of a trial's folder, in characters."

@@ -20,7 +20,7 @@ import psutil
 from rich.console import Console
 
 from distcond.cluster.host import LOOPBACK, data_identity, this_host
-from distcond.cluster.initial import check_start, parent_of
+from distcond.cluster.initial import check_start
 from distcond.cluster.local import preflight, ray_session
 from distcond.cluster.notes import passed_on
 from distcond.cluster.policy import ask_of, culprits, failure_line, threads_per_worker
@@ -30,7 +30,7 @@ from distcond.config import Config
 from distcond.data import absolute_paths, build_task
 from distcond.errors import RunError, TrainingError, UserError
 from distcond.train.deepspeed_options import deepspeed_options
-from distcond.train.run_folder import RunFolder, check_continues
+from distcond.train.run_folder import RunFolder, check_continues, parent_of
 
 if TYPE_CHECKING:
     from distcond.cluster.controller import Job

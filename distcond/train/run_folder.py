@@ -101,6 +101,16 @@ class RunFolder:
                 time.sleep(RANKS_POLL_S)
 
 
+def parent_of(config: Config) -> str:
+    """Absolute folder of the run that train.init_from names, by a path or as a run in run.dir; empty: none."""
+    given = config.train.init_from
+    if not given:
+        return ""
+    path = Path(given).expanduser()
+    is_name = "/" not in given and not RunFolder(path).config_file.is_file()
+    return str((Path(config.run.dir).expanduser() / given if is_name else path).resolve())
+
+
 def check_continues(old: Config, new: Config, folder: Path) -> None:
     """Refuse to continue a run with settings that make it a different run.
 

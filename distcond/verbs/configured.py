@@ -129,9 +129,10 @@ def _configuration(args: argparse.Namespace) -> Config:
 
 def _dry_run(config: Config) -> int:
     from distcond import compose
-    from distcond.cluster.initial import check_start, parent_of
+    from distcond.cluster.initial import check_start
     from distcond.train.deepspeed_options import deepspeed_options
     from distcond.train.plan import describe
+    from distcond.train.run_folder import parent_of
 
     deepspeed_options(config)  # refuses what the run would refuse
     start = check_start([compose.override(config, {"train.init_from": parent_of(config)})])

@@ -8,13 +8,13 @@ import pytest
 
 from distcond.cli import main
 from distcond.cluster import trainer
-from distcond.cluster.initial import check_start, parent_of
+from distcond.cluster.initial import check_start
 from distcond.cluster.sweep import name_sweep, sweep
 from distcond.cluster.trainer import name_run
 from distcond.compose import save_config
 from distcond.config import Config
 from distcond.errors import RunError
-from distcond.train.run_folder import RunFolder
+from distcond.train.run_folder import RunFolder, parent_of
 from tests.cluster.processes import Command, crowded, read_rows
 from tests.helpers import changed
 
