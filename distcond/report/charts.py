@@ -31,8 +31,8 @@ class Dot:
     x: float
     y: float
     tip: str
-    number: int
-    "Shown beside it; the table below says which run that is."
+    label: str
+    "Shown beside it; the table below says what that is."
     is_front: bool
     low: float | None = None
     high: float | None = None
@@ -88,7 +88,7 @@ def scatter(title: str, dots: Sequence[Dot], x_label: str, y_label: str) -> Mark
             parts.append(tag("circle", cx=left, cy=top, r=5, **mark))
         else:
             parts.append(tag("rect", x=left - 4, y=top - 4, width=8, height=8, **mark))
-        parts.append(tag("text", str(dot.number), class_="number", x=left + 8, y=top + 4))
+        parts.append(tag("text", dot.label, class_="number", x=left + 8, y=top + 4))
     return chart(axes(x, y, x_label, y_label), *parts, title=title)
 
 

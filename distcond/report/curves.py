@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from distcond.pareto import pareto_front
 from distcond.report.charts import Bar, Curve, Dot, bars, columns, curves, scatter
-from distcond.report.gather import RunFacts, number
+from distcond.report.gather import STEPS, RunFacts, number, step_shares
 from distcond.report.spending import Spending
 from distcond.report.tables import halting_text
 from distcond.report.tree_map import TreeMap
@@ -50,21 +50,22 @@ def learning_curves(run: RunFacts, runs: Sequence[RunFacts]) -> list[Figure]:
     """Training and validation of the first run; where several are given, the validation of all of them first."""
     figures = []
     if len(runs) > 1:
-        lines = [Curve(other.name, _series(other, run.quality_key), "other") for other in runs[1:]]
-        lines.append(Curve(run.name, _series(run, run.quality_key), "main"))
+        lines = [Curve(other.name, series(other, run.quality_key), "other") for other in runs[1:]]
+        lines.append(Curve(run.name, series(run, run.quality_key), "main"))
         if any(line.points for line in lines):
             chart = curves(f"{run.quality_key} of all runs by step", lines, "step", run.quality_key)
             figures.append(Figure("All runs, validation", f"{run.name} is the thick line; hover for the others' names", chart))
     for title, keys, note in CURVES:
         styles = ("second" if key.startswith("val/") else "main" for key in keys)
-        lines = [Curve(key, _series(run, key), style) for key, style in zip(keys, styles, strict=True)]
+        lines = [Curve(key, series(run, key), style) for key, style in zip(keys, styles, strict=True)]
         if any(line.points for line in lines):
             chart = curves(f"{title} by step", lines, "step", " · ".join(line.name for line in lines if line.points))
             figures.append(Figure(title, note, chart, legend=len(keys) > 1))
     return figures
 
 
-def _series(run: RunFacts, key: str) -> list[tuple[float, float]]:
+def series(run: RunFacts, key: str) -> list[tuple[float, float]]:
+    """A metric by step."""
     rows = ((number(row, "step"), number(row, key)) for row in run.rows)
     return sorted((step, value) for step, value in rows if step is not None and value is not None)
 
@@ -81,30 +82,34 @@ def against_computation(runs: Sequence[RunFacts]) -> tuple[Figure | None, list[i
         low, high = run.interval or (None, None)
         tip = f"{place + 1}: {run.name}\n{quality_text(run, quality)} {quality_unit(run)}\n{large(macs)} MACs"
         tip += f", {show(run.steps, 3)} steps\ntree depth {run.config.model.tree.depth}, {halting_text(run)}"
-        dots.append(Dot(macs, quality, tip, place + 1, place in front, low, high))
+        dots.append(Dot(macs, quality, tip, str(place + 1), place in front, low, high))
     unit = "byte" if runs[0].is_text else "element"
     chart = scatter(f"{runs[0].quality_key} against MACs per {unit}", dots, f"MACs per {unit}", runs[0].quality_key)
     note = "on both axes less is better. Discs: no other run is better in both; squares are beaten. Upright bars: 95% intervals."
     return Figure("Quality against computation", note, chart), front
 
 
-def spending_figures(spent: Spending) -> list[Figure]:
+def spending_figures(run: RunFacts, spent: Spending) -> list[Figure]:
     """How many take how many steps, and how that goes with what they have in common."""
     if spent.correlation is None:
         return [_by_group(spent, "Loss", "loss", "mean bits")] if spent.groups else []
-    most = max(1, round(spent.scales[0][2]))
-    share = dict(spent.histogram)
-    bins = [(str(n), share.get(n, 0.0), f"{n} steps\n{percent(share.get(n, 0.0))} of {spent.unit}s") for n in range(1, most + 1)]
-    figures = [
-        Figure(
-            "Executed steps",
-            f"share of {spent.positions:,} {spent.unit}s of the validation set",
-            columns("Share of elements by executed steps", bins, "steps", f"share of {spent.unit}s"),
-        )
-    ]
+    figures = [_histogram(run, spent)]
     if spent.groups:
         figures += [_by_group(spent, "Steps", "steps", "mean steps"), _by_group(spent, "Loss", "loss", "mean bits")]
     return figures
+
+
+def _histogram(run: RunFacts, spent: Spending) -> Figure:
+    """Of the whole validation set where the run was evaluated, else of what the page looks at."""
+    measured = step_shares(run)
+    shares = measured or dict(spent.histogram)
+    every = [(number, shares.get(number, 0.0)) for number in range(1, max(shares) + 1)]
+    bins = [(str(number), share, f"{number} steps\n{percent(share)} of {spent.unit}s") for number, share in every]
+    middle = [run.measured(f"{STEPS}_{name}") for name in ("p50", "p95")]
+    told = f"mean {show(run.measured(STEPS), 3)}, median {show(middle[0], 3)}, 95% take at most {show(middle[1], 3)}"
+    note = f"of the whole validation set: {told}" if measured else f"of {spent.positions:,} {spent.unit}s of the validation set"
+    chart = columns("Share of elements by executed steps", bins, "steps", f"share of {spent.unit}s")
+    return Figure("Executed steps", f"share {note}", chart)
 
 
 def _by_group(spent: Spending, title: str, key: str, unit: str) -> Figure:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from distcond.compose import load_config
 from distcond.config import Config, HaltingKind
 from distcond.data.tasks import shape_of
 from distcond.errors import RunError
@@ -36,6 +37,8 @@ class RunFacts:
     environment: dict[str, Any]
     samples: list[dict[str, Any]]
     "Of the last validation."
+    origin_step: int | None = None
+    "Of the checkpoint that the run started from (`train.init_from`)."
 
     @property
     def name(self) -> str:
@@ -101,7 +104,7 @@ class RunFacts:
         return value if value is not None or steps is None else cost_of(self.config).macs(steps)
 
 
-def number(values: Mapping[str, Any], key: str) -> float | None:
+def number(values: Mapping[Any, Any], key: Any) -> float | None:
     """A finite number; None for anything else."""
     value = values.get(key)
     if not isinstance(value, int | float) or isinstance(value, bool):
@@ -112,7 +115,9 @@ def number(values: Mapping[str, Any], key: str) -> float | None:
 def read_run(run: Path) -> RunFacts:
     """Read the files of a run. Raises RunError as `find_checkpoint` does, and where a file is no JSON."""
     folder, config, checkpoint = find_checkpoint(run)
-    step = int(read_state(checkpoint)["step"])
+    state = read_state(checkpoint)
+    step, started = int(state["step"]), state["summary"].get("init_from")
+    origin = number(started, "step") if isinstance(started, dict) else None
     samples = _read_rows(folder.path / "eval" / "samples.jsonl")
     return RunFacts(
         folder=folder,
@@ -123,7 +128,33 @@ def read_run(run: Path) -> RunFacts:
         evaluation=_read_object(folder.path / "eval" / f"step_{step:08d}.json"),
         environment=_read_object(folder.environment_file),
         samples=[sample for sample in (samples[-1].get("samples") or [] if samples else []) if isinstance(sample, dict)],
+        origin_step=None if origin is None else int(origin),
     )
+
+
+def read_at(folder: RunFolder, step: int) -> RunFacts:
+    """A run as it was at a step, whatever has become of that checkpoint and of the run since.
+
+    Raises RunError where a file is no JSON, ConfigError where its configuration is of another version.
+    """
+    return RunFacts(
+        folder=folder,
+        config=load_config(folder.config_file),
+        checkpoint=folder.checkpoints / f"step_{step:08d}",
+        step=step,
+        rows=[row for row in _read_rows(folder.metrics) if row["step"] <= step],
+        evaluation=_read_object(folder.path / "eval" / f"step_{step:08d}.json"),
+        environment=_read_object(folder.environment_file),
+        samples=[],
+    )
+
+
+def step_shares(run: RunFacts) -> dict[int, float]:
+    """Share of the positions that take 1, 2, ... steps, from the evaluation; empty where it has none."""
+    found = run.evaluation.get(f"{STEPS}_histogram")
+    shares = dict(enumerate(found, 1)) if isinstance(found, list) else {}
+    known = {steps: value for steps in shares if (value := number(shares, steps)) is not None}
+    return known if known and len(known) == len(shares) else {}
 
 
 def check_comparable(facts: Sequence[RunFacts]) -> None:

@@ -18,6 +18,9 @@ from distcond.errors import RunError
 from distcond.opened import OpenedRun, open_checkpoint, threads
 from distcond.redaction import redact
 from distcond.report import curves, tables
+from distcond.report.before import growth
+from distcond.report.beside import against
+from distcond.report.controls import chance_table, fixed
 from distcond.report.gather import RunFacts, check_comparable, read_run
 from distcond.report.levels import levels_of
 from distcond.report.probe import probe
@@ -98,13 +101,16 @@ def _found(facts: Sequence[RunFacts], spent: Spending, trees: Sequence[TreeMap])
         "against": figure,
         "runs_table": tables.runs_table(facts, front),
         "quadrants": tables.quadrants(facts),
+        "beside": against(run),
+        "growth": growth(run),
         "fixed_command": tables.fixed_command(run) if run.ponders and not has_fixed(run, facts) else "",
         "updates": {one.step for one in facts},
         "foremost": curves.FOREMOST + (len(facts) > 1),
         "spent": spent,
-        "spending_figures": curves.spending_figures(spent),
+        "spending_figures": curves.spending_figures(run, spent),
         "groups": tables.groups_table(spent) if spent.groups else None,
-        "control": _control(run),
+        "chance": chance_table(run),
+        "fixed": fixed(run),
         "trees": [
             {
                 "map": tree,
@@ -128,13 +134,6 @@ def _found(facts: Sequence[RunFacts], spent: Spending, trees: Sequence[TreeMap])
             ("Make this page again", f"distcond report {paths}"),
         ],
     }
-
-
-def _control(run: RunFacts) -> dict[str, float] | None:
-    """Whether steps predict loss better than shuffled ones, from the evaluation."""
-    names = ("rank_correlation", "shuffled_low", "shuffled_high", "p")
-    values = {name: run.measured(f"control/steps_loss_{name}") for name in names}
-    return None if any(value is None for value in values.values()) else {k: v for k, v in values.items() if v is not None}
 
 
 def _sample(sample: dict[str, Any]) -> list[tuple[str, str]]:

@@ -41,15 +41,19 @@ def quality_text(run: RunFacts, value: float | None) -> str:
     return show(value) if run.is_text else percent(value)
 
 
+def interval_text(run: RunFacts) -> str:
+    """The interval of that figure in words, or that there is none."""
+    if run.interval:
+        return f"95% interval {' to '.join(quality_text(run, end) for end in run.interval)}"
+    return "by the validation of its training; without an interval, for it was not evaluated"
+
+
 def _quality(run: RunFacts) -> str:
     task = "held-out text" if run.is_text else f"held-out examples of {run.config.data.name}"
     if run.quality is None:
         return f"{run.name} has no figure of quality yet: no validation is in its metrics, and it was not evaluated."
     figure = f"{quality_text(run, run.quality)} {quality_unit(run)}"
-    if run.interval:
-        interval = f"95% interval {' to '.join(quality_text(run, end) for end in run.interval)}"
-    else:
-        interval = "by the validation of its training; without an interval, for it was not evaluated"
+    interval = interval_text(run)
     after = f"after {run.step:,} of {run.config.train.max_steps:,} updates"
     return f"{run.name} reaches {figure} on {task} {after} ({interval})."
 
@@ -87,10 +91,32 @@ def _not_shown(run: RunFacts, runs: Sequence[RunFacts]) -> str:
 
 def _shown(run: RunFacts) -> str:
     """What the controls in the evaluation say."""
-    return _fixed_text(run) + _shuffled_text(run)
+    return _against_text(run) + fixed_text(run) + _shuffled_text(run)
 
 
-def _fixed_text(run: RunFacts) -> str:
+def _against_text(run: RunFacts) -> str:
+    """Beside the run that it was evaluated against."""
+    other, found = run.evaluation.get("against"), difference(run)
+    if not isinstance(other, dict) or found is None:
+        return ""
+    told = "better than" if found[2] < 0 else "worse than" if found[1] > 0 else "not told apart from"
+    value, low, high = (signed_quality(run, part) for part in found)
+    return f"It is {told} {other.get('run')}: {value} {quality_unit(run)} (95% interval {low} to {high}). "
+
+
+def difference(run: RunFacts) -> tuple[float, float, float] | None:
+    """Quality less that of the run that it was evaluated against, and its 95% interval."""
+    value, low, high = (run.measured(f"against/difference{end}") for end in ("", "/low", "/high"))
+    return None if value is None or low is None or high is None else (value, low, high)
+
+
+def signed_quality(run: RunFacts, value: float) -> str:
+    """A difference in quality in words."""
+    return f"{'+' if value > 0 else '−' if value < 0 else ''}{quality_text(run, abs(value))}"
+
+
+def fixed_text(run: RunFacts) -> str:
+    """What a fixed number of steps gives, the nearest to what halting takes; empty where that is not known."""
     fixed = fixed_steps(run)
     if not fixed or run.steps is None or not run.ponders:
         return ""
@@ -101,14 +127,25 @@ def _fixed_text(run: RunFacts) -> str:
 
 
 def _shuffled_text(run: RunFacts) -> str:
-    names = ("rank_correlation", "shuffled_low", "shuffled_high")
-    rank, low, high = (run.measured(f"control/steps_loss_{name}") for name in names)
-    if rank is None or low is None or high is None:
+    """Whether steps follow the loss, and whether they do so beyond what the place in a sequence decides."""
+    rank, chance = run.measured("control/steps_loss_rank_correlation"), chance_of(run, "loss", "shuffled")
+    if rank is None or chance is None:
         return ""
-    if low <= rank <= high:
-        return f"Steps follow the loss no more than shuffled ones do (rank correlation {show(rank, 2)}). "
-    where = "higher" if rank > high else "lower"
-    return f"More steps go where the loss is {where}, beyond what shuffled ones do (rank correlation {show(rank, 2)}). "
+    told = f"(rank correlation {show(rank, 2)}, by chance {show(chance[0], 2)} to {show(chance[1], 2)})"
+    if chance[0] <= rank <= chance[1]:
+        return f"Steps follow the loss no more than shuffled ones do {told}. "
+    text = f"More steps go where the loss is {'higher' if rank > chance[1] else 'lower'}, beyond what shuffled ones do {told}"
+    stricter = chance_of(run, "loss", "at_equal_positions")
+    if stricter is None:
+        return f"{text}. "
+    is_place = stricter[0] <= rank <= stricter[1]
+    return f"{text}, {'but not' if is_place else 'and'} beyond what the place in a sequence decides. "
+
+
+def chance_of(run: RunFacts, difficulty: str, way: str) -> tuple[float, float] | None:
+    """Range of the rank correlation of steps that were shuffled in a way, the middle 95%, from the evaluation."""
+    low, high = (run.measured(f"control/steps_{difficulty}_{way}_{end}") for end in ("low", "high"))
+    return None if low is None or high is None else (low, high)
 
 
 def _missing(run: RunFacts, runs: Sequence[RunFacts]) -> list[str]:

@@ -39,7 +39,7 @@ def test_every_point_can_be_asked_for_its_numbers() -> None:
 
 
 def test_the_front_is_told_by_shape_too() -> None:
-    dots = [Dot(1.0, 2.0, "first", 1, True, 1.9, 2.1), Dot(2.0, 3.0, "second", 2, False)]
+    dots = [Dot(1.0, 2.0, "first", "1", True, 1.9, 2.1), Dot(2.0, 3.0, "second", "2", False)]
     drawn = scatter("t", dots, "MACs", "bits")
     assert drawn.count("<circle") == 1 and drawn.count('<rect class="mark') + drawn.count("data-tip") == 2
     assert drawn.count('class="interval') == 1
