@@ -11,7 +11,7 @@ from distcond.report.curves import Figure
 from distcond.report.gather import RunFacts
 from distcond.report.tables import Cell, Table
 from distcond.report.verdict import chance_of, fixed_steps, quality_text, quality_unit, signed_quality
-from distcond.report.words import large, plural, show
+from distcond.report.words import MISSING, large, show
 from distcond.train.fits import cost_of
 
 WAYS = {
@@ -53,7 +53,7 @@ def chance_table(run: RunFacts) -> Table | None:
         "Whether more steps go where it is harder, on the whole validation set. At equal positions, what the place in the "
         "sequence decides about both stays, so that only what goes beyond it is above chance."
     )
-    return Table(caption, [*columns, ("p, one-sided", True), ("", False)], rows) if rows else None
+    return Table(caption, [*columns, ("p, one-sided", True), ("so", False)], rows) if rows else None
 
 
 def fixed(run: RunFacts) -> Fixed | None:
@@ -62,12 +62,12 @@ def fixed(run: RunFacts) -> Fixed | None:
     if not (run.ponders and forced) or steps is None or macs is None or quality is None:
         return None
     cost = cost_of(run.config)
-    points = [_Point(f"{plural(number, 'step')} for all", number, cost.macs(number), forced[number]) for number in sorted(forced)]
-    points.append(_Point("each input decides", steps, macs, quality))
+    points = [_Point(f"{number} for all", number, cost.macs(number), forced[number]) for number in sorted(forced)]
+    points.append(_Point(f"{show(steps, 3)}, as inputs decide", steps, macs, quality))
     front = pareto_front([(point.quality, point.macs) for point in points])
     title = "Halting beside fixed steps"
-    note = "numbers: steps. On both axes less is better. Discs: beaten by none in both; squares are beaten."
-    return Fixed(_fixed_table(run, points, front), Figure(title, note, _fixed_chart(run, points, front)))
+    note = "a number is of steps. On both axes less is better. Discs: none is better in both; squares are beaten."
+    return Fixed(_fixed_table(run, points), Figure(title, note, _fixed_chart(run, points, front)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,21 +78,25 @@ class _Point:
     quality: float
 
 
-def _fixed_table(run: RunFacts, points: Sequence[_Point], front: Sequence[int]) -> Table:
+def _fixed_table(run: RunFacts, points: Sequence[_Point]) -> Table:
     own, rows = points[-1], []
-    for place, point in enumerate(points):
-        text, more = "yes" if place in front else "no", point.macs / own.macs - 1
-        change = point.quality - own.quality
+    for point in points:
+        more, change = point.macs / own.macs - 1, point.quality - own.quality
+        is_own = point is own
         rows.append(
             [
-                *(Cell(point.name, point.name), Cell(show(point.steps, 3), point.steps), Cell(large(point.macs), point.macs)),
-                *(Cell(f"{more:+.1%}", more), Cell(quality_text(run, point.quality), point.quality)),
-                *(Cell(signed_quality(run, change), change), Cell(text, text)),
+                *(Cell(point.name, point.name), Cell(large(point.macs), point.macs)),
+                Cell(MISSING if is_own else f"{more:+.1%}", more),
+                Cell(quality_text(run, point.quality), point.quality),
+                Cell(MISSING if is_own else signed_quality(run, change), change),
             ]
         )
-    columns = [("halting", False), ("steps", True), (f"MACs per {'byte' if run.is_text else 'element'}", True)]
-    columns += [("beside halting", True), (quality_unit(run), True), ("beside halting", True), ("beaten by none", False)]
-    return Table("The same checkpoint with a number of steps forced on everyone, the control beside any saving.", columns, rows)
+    columns = [("steps", False), (f"MACs per {'byte' if run.is_text else 'element'}", True), ("change", True)]
+    caption = (
+        "The same checkpoint with a number of steps forced on everyone, the control beside any saving; changes are from what "
+        "halting takes and gives. Less is better."
+    )
+    return Table(caption, [*columns, (quality_unit(run), True), ("change", True)], rows)
 
 
 def _fixed_chart(run: RunFacts, points: Sequence[_Point], front: Sequence[int]) -> Markup:
@@ -100,7 +104,7 @@ def _fixed_chart(run: RunFacts, points: Sequence[_Point], front: Sequence[int]) 
     for place, point in enumerate(points):
         is_own = point is points[-1]
         low, high = (run.interval if is_own else None) or (None, None)
-        tip = f"{point.name}: {show(point.steps, 3)} steps\n{quality_text(run, point.quality)} {quality_unit(run)}"
+        tip = f"steps: {point.name}\n{quality_text(run, point.quality)} {quality_unit(run)}"
         label = f"halting, {show(point.steps, 3)}" if is_own else show(point.steps)
         dots.append(Dot(point.macs, point.quality, f"{tip}\n{large(point.macs)} MACs", label, place in front, low, high))
     return scatter("Quality by steps: forced on everyone, and as inputs decide", dots, f"MACs per {unit}", run.quality_key)

@@ -20,6 +20,7 @@ from distcond.redaction import redact
 from distcond.report import curves, tables
 from distcond.report.before import growth
 from distcond.report.beside import against
+from distcond.report.cards import cards
 from distcond.report.controls import chance_table, fixed
 from distcond.report.gather import RunFacts, check_comparable, read_run
 from distcond.report.levels import levels_of
@@ -27,7 +28,7 @@ from distcond.report.probe import probe
 from distcond.report.render import render
 from distcond.report.spending import Spending, spending
 from distcond.report.tree_map import TreeMap, tree_map
-from distcond.report.verdict import cards, has_fixed, verdict
+from distcond.report.verdict import has_fixed, verdict
 from distcond.report.words import visible
 from distcond.train.table_files import tree_layers
 

@@ -1,29 +1,15 @@
-"""The verdict in three sentences and the four figures of a proof of concept, made from figures alone.
+"""The verdict in three sentences, made from figures alone.
 
 What was not measured, and which controls are missing, is said in the same breath as what was.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from distcond.command_line import overrides_of
 from distcond.config import HaltingKind
 from distcond.report.gather import RunFacts, number
 from distcond.report.tree_map import TreeMap
-from distcond.report.words import duration, large, percent, plural, show
+from distcond.report.words import large, percent, plural, show
 from distcond.train.fits import cost_of
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """One of the four figures."""
-
-    title: str
-    value: str
-    unit: str
-    lines: list[tuple[str, str]]
-    is_complete: bool
-    "Whether an evaluation measured it."
 
 
 def verdict(run: RunFacts, runs: Sequence[RunFacts], trees: Sequence[TreeMap]) -> list[str]:
@@ -91,7 +77,7 @@ def _not_shown(run: RunFacts, runs: Sequence[RunFacts]) -> str:
 
 def _shown(run: RunFacts) -> str:
     """What the controls in the evaluation say."""
-    return _against_text(run) + fixed_text(run) + _shuffled_text(run)
+    return _against_text(run) + _fixed_text(run) + _shuffled_text(run)
 
 
 def _against_text(run: RunFacts) -> str:
@@ -115,15 +101,20 @@ def signed_quality(run: RunFacts, value: float) -> str:
     return f"{'+' if value > 0 else '−' if value < 0 else ''}{quality_text(run, abs(value))}"
 
 
-def fixed_text(run: RunFacts) -> str:
-    """What a fixed number of steps gives, the nearest to what halting takes; empty where that is not known."""
-    fixed = fixed_steps(run)
-    if not fixed or run.steps is None or not run.ponders:
+def _fixed_text(run: RunFacts) -> str:
+    """The control beside what halting saves; empty where that is not known."""
+    if (nearest := nearest_fixed(run)) is None:
         return ""
-    mean = run.steps
-    nearest = min(fixed, key=lambda steps: abs(steps - mean))
-    figure = f"{quality_text(run, fixed[nearest])} {quality_unit(run)}"
-    return f"With {plural(nearest, 'step')} forced on everyone the same model has {figure}. "
+    figure = f"{quality_text(run, nearest[1])} {quality_unit(run)}"
+    return f"With {plural(nearest[0], 'step')} forced on everyone the same model has {figure}. "
+
+
+def nearest_fixed(run: RunFacts) -> tuple[int, float] | None:
+    """The fixed number of steps nearest to what halting takes, and the quality with it, from the evaluation."""
+    fixed, mean = fixed_steps(run), run.steps
+    if not fixed or mean is None or not run.ponders:
+        return None
+    return min(fixed.items(), key=lambda item: abs(item[0] - mean))
 
 
 def _shuffled_text(run: RunFacts) -> str:
@@ -183,78 +174,8 @@ def _is_same_but_seed(run: RunFacts, other: RunFacts) -> bool:
     return (own.model, own.data, own.optim) == (its.model, its.data, its.optim)
 
 
-def cards(run: RunFacts) -> list[Card]:
-    """Operating cost, accuracy, latency, maintainability."""
-    return [_operating_cost(run), _accuracy(run), _latency(run), _maintainability(run)]
-
-
-def _operating_cost(run: RunFacts) -> Card:
-    element = "byte" if run.is_text else "element"
-    memory = run.measured("peak_memory_gib")
-    lines = [
-        ("ponder steps", _steps_text(run)),
-        ("MACs per example", large(run.measured("macs_per_example"))),
-        ("bytes touched per example", large(run.measured("bytes_touched_per_example"))),
-        ("peak memory", "–" if memory is None else f"{show(memory, 3)} GiB"),
-    ]
-    return Card("Operating cost", large(run.macs), f"MACs per {element}", lines, _has(run, "bytes_touched_per_example"))
-
-
-def _steps_text(run: RunFacts) -> str:
-    ends = [run.measured(f"val/ponder/steps_{name}") for name in ("p50", "p95")]
-    known = "" if None in ends else f" (median {show(ends[0], 3)}, 95% within {show(ends[1], 3)})"
-    return show(run.steps, 3) + known
-
-
-def _accuracy(run: RunFacts) -> Card:
-    key = run.quality_key
-    interval = run.interval
-    parts = {"hardest tenth of examples": f"{key}/hardest_tenth", "rare leaves": f"{key}/rare_leaves"}
-    lines = [("95% interval", "–" if interval is None else " to ".join(quality_text(run, end) for end in interval))]
-    lines += [(label, quality_text(run, run.measured(name))) for label, name in parts.items()]
-    return Card("Accuracy", quality_text(run, run.quality), quality_unit(run), lines, _has(run, f"{key}/low"))
-
-
-def _latency(run: RunFacts) -> Card:
-    single = run.measured("latency_ms/batch_1/p50")
-    lines = []
-    for size in (1, 32, 1024):
-        figures = [run.measured(f"latency_ms/batch_{size}/{name}") for name in ("p50", "p95", "p99")]
-        if any(figure is not None for figure in figures):
-            lines.append((f"batch {size:,}: p50, p95, p99", ", ".join(show(figure, 3) for figure in figures) + " ms"))
-    if (throughput := run.measured("throughput_per_s")) is not None:
-        lines.append(("throughput", f"{large(throughput)} examples/s"))
-    value = single if single is not None else run.measured("latency_ms")
-    return Card(
-        "Latency", show(value, 3), "ms, one example" if value is not None else "", lines, _has(run, "latency_ms/batch_1/p50")
-    )
-
-
-def _maintainability(run: RunFacts) -> Card:
-    settings = run.evaluation.get("maintainability/settings_changed")
-    number_of = len(settings) if isinstance(settings, dict) else num_settings(run)
-    seeds = seeds_beside(run)
-    known = ", ".join(f"seed {seed}: {quality_text(run, value)}" for seed, value in sorted(seeds.items())[:4])
-    lines = (
-        [("seeds that finished", show(run.measured("maintainability/num_seeds_finished"))), ("their quality", known)]
-        if known
-        else []
-    )
-    lines.append(("time to retrain", duration(run.measured("maintainability/retrain_s"))))
-    return Card("Maintainability", str(number_of), "settings differ from defaults", lines, _has(run, "maintainability/retrain_s"))
-
-
 def seeds_beside(run: RunFacts) -> dict[str, float]:
     """Quality by seed of the runs that are this one but for the seed, from the evaluation."""
     found = run.evaluation.get("maintainability/seeds")
     seeds = {str(seed): value for seed, value in found.items() if isinstance(value, dict)} if isinstance(found, dict) else {}
     return {seed: quality for seed, value in seeds.items() if (quality := number(value, "quality")) is not None}
-
-
-def num_settings(run: RunFacts) -> int:
-    """Settings that differ from what `distcond train` composes by itself, but for the names of the run."""
-    return sum(not word.startswith("run.") for word in overrides_of(run.config))
-
-
-def _has(run: RunFacts, key: str) -> bool:
-    return run.measured(key) is not None

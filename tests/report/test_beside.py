@@ -15,6 +15,7 @@ from distcond.config import Config
 from distcond.report import report
 from distcond.report.before import growth
 from distcond.report.beside import against
+from distcond.report.cards import cards
 from distcond.report.controls import chance_table, fixed
 from distcond.report.curves import spending_figures
 from distcond.report.gather import RunFacts, read_run
@@ -189,13 +190,16 @@ def test_fixed_steps_stand_beside_halting(evaluated: RunFacts) -> None:
     assert found is not None
     cost = cost_of(evaluated.config)
     rows = rows_of(found.table)
-    assert {name: row[:2] for name, row in rows.items()} == {
-        **{f"{number} step{'s' * (number > 1)} for all": [number, cost.macs(number)] for number in (1, 2, 3)},
-        "each input decides": [2.5, cost.macs(2.5)],
+    own = cost.macs(2.5)
+    assert rows == {
+        "1 for all": pytest.approx([cost.macs(1), cost.macs(1) / own - 1, 3.0, 1.0]),
+        "2 for all": pytest.approx([cost.macs(2), cost.macs(2) / own - 1, 1.9, -0.1]),
+        "3 for all": pytest.approx([cost.macs(3), cost.macs(3) / own - 1, 2.5, 0.5]),
+        "2.5, as inputs decide": [own, 0, 2.0, 0],
     }
-    assert rows["2 steps for all"][3:] == [1.9, pytest.approx(-0.1), "yes"] and rows["2 steps for all"][2] < 0
     # Two steps for all are cheaper and better: what halting saves is no saving.
-    assert rows["each input decides"][2:] == [0, 2.0, 0, "no"] and rows["3 steps for all"][-1] == "no"
+    assert found.figure.chart.count('class="mark main"') == 2 and found.figure.chart.count('class="mark other"') == 2
+    assert ("with 2 steps for all", "1.9") in cards(evaluated)[0].lines
     assert fixed(replace(evaluated, evaluation={})) is None
 
 
