@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from distcond.compose import save_config
 from distcond.config import Config
 from distcond.report import report
 from distcond.report.before import growth
@@ -22,24 +21,8 @@ from distcond.report.gather import RunFacts, read_run
 from distcond.report.spending import Spending
 from distcond.report.verdict import verdict
 from distcond.train.fits import cost_of
-from tests.helpers import changed, train_run
-
-
-def path_of(config: Config) -> Path:
-    return Path(config.run.dir) / config.run.name
-
-
-@pytest.fixture(scope="module", name="family")
-def make_family(text_run: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of two runs: `dense`, and `grown`, the same with a tree, which started from it."""
-    folder = tmp_path_factory.mktemp("family")
-    own = {"run__dir": str(folder), "cluster__num_workers": 1, "train__profile": False, "train__log_every": 1}
-    dense = changed(text_run, **own, run__name="dense", model__tree__depth=0, train__max_steps=4, train__eval_every=2)
-    start = {"train__init_from": str(folder / "dense"), "train__max_steps": 3}
-    for config in (dense, changed(dense, run__name="grown", model__tree__depth=3, **start)):
-        train_run(config)
-        save_config(config, path_of(config) / "config.yaml")
-    return folder
+from tests.helpers import changed
+from tests.report.conftest import CHANCE, EVALUATION, path_of
 
 
 @pytest.fixture(name="copied")
@@ -125,30 +108,6 @@ def test_what_is_not_the_same_function_is_not_called_so(case: str, family: Path)
     found = growth(change(read_run(family / "grown")))
     assert found is not None
     assert re.search(told, " ".join(found.sentences)) and "the same function" not in found.sentences[-1]
-
-
-EVALUATION: dict[str, Any] = {
-    "val/bpb": 2.0,
-    "val/bpb/low": 1.9,
-    "val/bpb/high": 2.1,
-    "val/ponder/steps": 2.5,
-    "val/ponder/steps_p50": 2,
-    "val/ponder/steps_p95": 4,
-    "val/ponder/steps_histogram": [0.25, 0.25, 0.25, 0.25],
-    "latency_ms/batch_1/p50": 3.0,
-    "control/fixed_steps": {"1": 3.0, "2": 1.9, "3": 2.5},
-    "control/steps_loss_rank_correlation": 0.5,
-    "against": {"run": "other", "step": 9, "val/bpb": 2.5, "val/ponder/steps": 1.0, "latency_ms/batch_1/p50": 1.5},
-    "against/difference": -0.5,
-    "against/difference/low": -0.75,
-    "against/difference/high": -0.25,
-}
-"Of `text_run`, made up."
-CHANCE = {
-    f"control/steps_loss_{way}_{end}": value
-    for way, ends in {"shuffled": (-0.1, 0.1, 0.005), "at_equal_positions": (0.3, 0.6, 0.25)}.items()
-    for end, value in zip(("low", "high", "p"), ends, strict=True)
-}
 
 
 @pytest.fixture(name="evaluated")

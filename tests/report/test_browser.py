@@ -1,13 +1,15 @@
 """The page in a real browser: no complaint, no request, tables sort, keys and pointers tell numbers."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from distcond.config import Config
 from distcond.report import report
 from tests.report.browser import Browser, browser, find_chromium
+from tests.report.conftest import CHANCE, EVALUATION
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_chromium() is None, reason="no chromium here")]
 
@@ -15,9 +17,16 @@ SIZES = {"wide": {"width": 1280, "height": 900}, "phone": {"width": 390, "height
 
 
 @pytest.fixture(scope="module", name="page")
-def make_page(text_run: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = Path(text_run.run.dir) / text_run.run.name
-    return report([folder, folder], tmp_path_factory.mktemp("browser") / "page.html")
+def make_page(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With every section: of a run that grew and was evaluated, beside its parent."""
+    folder = tmp_path_factory.mktemp("browser")
+    runs = [Path(shutil.copytree(family / name, folder / name)) for name in ("grown", "dense")]
+    (runs[0] / "eval").mkdir(exist_ok=True)
+    (runs[0] / "eval/step_00000003.json").write_text(json.dumps(EVALUATION | CHANCE))
+    page = report(runs, folder / "page.html")
+    text = page.read_text()
+    assert all(f">{title}</h" in text for title in ("Before and after", "Evaluated against other", "Halting beside fixed steps"))
+    return page
 
 
 @pytest.fixture(scope="module", name="chromium")
