@@ -60,7 +60,7 @@ def node_norms(layer: TreeLinear, keys_N: Tensor) -> Tensor:
         place_N = (is_full_N == is_full).nonzero()[:, 0]
         rows_N = _rows(layer, keys_N[place_N], is_full=is_full)
         place_N, rows_N = place_N[rows_N >= 0], rows_N[rows_N >= 0]
-        size = max(1, BLOCK_NUMBERS // max(1, nodes.weight_SPQ[0].numel() if is_full else nodes.low_numbers))
+        size = max(1, BLOCK_NUMBERS // max(1, nodes.weight_SPQ.shape[1:].numel() if is_full else nodes.low_numbers))
         for place, rows in zip(place_N.split(size), rows_N.split(size), strict=True):
             if is_full:
                 norms_N[place] = nodes.weight_SPQ[rows].float().flatten(1).norm(dim=1)

@@ -19,6 +19,10 @@ from tests.helpers import metric_rows, small_config, train_run
 from tests.thread_ranks import Groups
 from tests.trees import random_tree, tokens
 
+THOROUGH = pytest.mark.thorough
+APART = {f"stage3_{name}": 0 for name in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")}
+"ZeRO 3 leaves no parameter whole that is not in use."
+
 
 def trees_in(config: Config) -> list[dict[str, Any]]:
     file = Path(config.run.dir) / config.run.name / "eval" / "trees.jsonl"
@@ -43,8 +47,8 @@ def check_norms(config: Config, step: int, layers: list[dict[str, Any]]) -> None
     [
         (1, 1, {"model__tree__depth": 8}),
         (2, 1, {"model__tree__depth": 5, "model__tree__num_trees": 2}),
-        pytest.param(2, 3, {"model__tree__storage": "dense"}, marks=pytest.mark.thorough),
-        pytest.param(2, 3, {"model__tree__depth": 5}, marks=pytest.mark.thorough),
+        pytest.param(2, 3, {"model__tree__storage": "dense", "optim__deepspeed": {"zero_optimization": APART}}, marks=THOROUGH),
+        pytest.param(2, 3, {"model__tree__depth": 5}, marks=THOROUGH),
     ],
 )
 def test_each_validation_tells_the_tokens_since_the_last_one_and_the_norms_of_all_ranks(
