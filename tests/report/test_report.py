@@ -171,6 +171,7 @@ def test_nothing_in_a_run_becomes_markup(copied: Callable[[str], Path], tmp_path
     config = load_config(folder / "config.yaml")
     name = "<img src=x onerror=alert(1)>"
     config = changed(config, run__name=name, data__files=[str(corpus / "a.txt")], data__cache_dir=str(tmp_path / "cache"))
+    config = changed(config, train__init_from=f"{tmp_path}/{name}")
     save_config(config, folder / "config.yaml")
     sample = {"input": HOSTILE, "target": "a" * len(HOSTILE), "prediction": HOSTILE, "wrong": HOSTILE, "steps": [HOSTILE]}
     samples = [sample, {"target": {HOSTILE: 1}, "prediction": [HOSTILE]}, HOSTILE]
@@ -181,6 +182,8 @@ def test_nothing_in_a_run_becomes_markup(copied: Callable[[str], Path], tmp_path
         "maintainability/seeds": {HOSTILE: {"quality": 1.0}},
         "val/bpb/low": 1e400,
         "control/fixed_steps": [1],
+        "val/ponder/steps_histogram": [HOSTILE],
+        "against": {"run": HOSTILE, "step": HOSTILE, "val/bpb": HOSTILE, "latency_ms/batch_1/p50": 1.0},
     }
     (folder / "eval/step_00000012.json").write_text(json.dumps(figures))
     with (folder / "metrics.jsonl").open("a") as file:
