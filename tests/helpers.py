@@ -15,6 +15,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -188,6 +189,16 @@ def folder_of(config: Config) -> RunFolder:
     folder = RunFolder(Path(config.run.dir) / config.run.name)
     folder.logs.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def sealers_below(folder: Path) -> list[psutil.Process]:
+    """Processes that write checkpoints of runs in this folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or [""]
+        if len(words) > 3 and words[3].endswith("sealing.py") and Path(words[-1]).is_relative_to(folder):
+            found.append(process)
+    return found
 
 
 def train_run(config: Config, make_feeder: Callable[[Config, int, int], Feeder] = LocalFeeder) -> dict[str, Any]:

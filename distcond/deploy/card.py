@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from distcond.config import ModelConfig
 from distcond.errors import RunError
-from distcond.train.checkpoint import fingerprint
+from distcond.train.sealing import fingerprint
 
 FORMAT_VERSION = 1
 CARD, WEIGHTS, TOKENIZER = "model.json", "model.safetensors", "tokenizer.json"

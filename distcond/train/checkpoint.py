@@ -4,34 +4,26 @@ RUN/checkpoints/step_00001000/  dense.safetensors  tables_00000_of_00002.safeten
 RUN/checkpoints/latest          the name of the newest complete one
 
 The dense part is full tensors by name, so any world size and ZeRO stage can load it; the tables are train/table_files.py's.
-train/checkpoint_writer.py writes them.
+train/checkpoint_writer.py and train/sealing.py write them.
 """
 
-import hashlib
 import json
-import math
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distcond.errors import RunError
-from distcond.train.run_folder import write_json
+from distcond.train.sealing import LATEST, MANIFEST, STATE, fingerprint
 from distcond.train.table_files import read_tensors
 
 FORMAT_VERSION = 1
-STATE, MANIFEST, DENSE, LATEST = "state.json", "manifest.json", "dense.safetensors", "latest"
-SEAL, ASIDE = ".seal", "damaged_"
-"Of a file that says a rank has written another one, and what it holds; of a checkpoint that is not to be read."
-
-
-# ---- reading ---------------------------------------------------------------------------------------------------------
+DENSE = "dense.safetensors"
+ASIDE = "damaged_"
+"Of a checkpoint that is not to be read."
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, RunError]]:
@@ -102,86 +94,6 @@ def read_dense(checkpoint: Path, model: nn.Module) -> dict[str, Tensor]:
     for name, parameter in model.named_parameters():
         _expect(tensors, f"{name}/weight", parameter.shape, checkpoint)
     return {key: value for key, value in tensors.items() if not key.startswith("buffers/")}
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
-
-
-def write_sealed(folder: Path, name: str, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file, push it to the disk and say so beside it. Raises OSError."""
-    try:
-        save_file(tensors, folder / name)
-    except SafetensorError as error:  # e.g. "... I/O error: No space left on device (os error 28)"
-        raise OSError(str(error).rpartition("I/O error: ")[2].partition(" (os error")[0]) from error
-    sync(folder / name)
-    write_json(folder / f"{name}{SEAL}", fingerprint(folder / name))
-
-
-def publish(temporary: Path, final: Path) -> None:
-    """Make a folder of sealed files a checkpoint, in one step, and the newest one. Raises OSError."""
-    seals = sorted(temporary.glob(f"*{SEAL}"))
-    manifest = {seal.name.removesuffix(SEAL): json.loads(seal.read_text()) for seal in seals}
-    manifest[STATE] = fingerprint(temporary / STATE)
-    for seal in seals:
-        seal.unlink()
-    write_json(temporary / MANIFEST, manifest)
-    for path in (temporary / STATE, temporary / MANIFEST, temporary):
-        sync(path)
-    replaced = final.with_name(f".{final.name}.old")
-    if final.exists():
-        final.rename(replaced)
-    temporary.rename(final)
-    _replace_text(final.parent / LATEST, final.name)
-    sync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def prune(folder: Path, keep_last: int, keep_best: int) -> None:
-    """Remove checkpoints that are neither among the newest nor among those with the best figures of validation."""
-    newest_first = sorted(folder.glob("step_*"), reverse=True)
-    figures = [(_figure(path), path.name) for path in newest_first] if keep_best else []
-    best = sorted((value, name) for value, name in figures if value is not None)[:keep_best]
-    for path in newest_first[keep_last:]:
-        if path.name not in {name for _, name in best}:
-            _remove(path)
-
-
-def _figure(checkpoint: Path) -> float | None:
-    """Of the validation at a checkpoint's step, if there was one; a damaged checkpoint has none."""
-    try:
-        value = read_state(checkpoint).get("validation")
-    except (OSError, ValueError, RunError):
-        return None
-    return float(value) if value is not None and math.isfinite(value) else None
-
-
-def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint such that a part of it is never there."""
-    hidden = checkpoint.with_name(f".{checkpoint.name}.old")
-    checkpoint.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
-
-
-def fingerprint(file: Path) -> dict[str, Any]:
-    """Size and sha256 of a file, as a manifest has them."""
-    with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def sync(path: Path) -> None:
-    """Push a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _replace_text(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text + "\n")
-    sync(temporary)
-    temporary.replace(file)
 
 
 def _expect(tensors: Mapping[str, Tensor], key: str, shape: torch.Size, checkpoint: Path) -> Tensor:

@@ -1,18 +1,17 @@
-"""Checkpoints beside training: a copy of the state in memory, which a thread of each rank then writes to its files.
+"""Checkpoints beside training: a copy of the state in memory, which a process of each rank then writes to its files.
 
-A step waits for the copy alone, about a tenth of the time that writing, sha256 and fsync take. Rank 0 publishes a checkpoint
-once the files of all ranks are sealed. What fails (a full disk, storage that is gone) is told and tried again; training
-goes on. Threads make no collective calls: ranks agree on what has become of a checkpoint in `agree`, once a step.
+A step waits for the copy alone, about a tenth of the time that writing, sha256 and fsync take. From then on the checkpoint
+comes to be even if the ranks are killed. Rank 0's process publishes it once the files of all ranks are sealed. What fails (a
+full disk, storage that is gone) is told and tried again; training goes on. Ranks agree on what has become of a checkpoint in
+`agree`, once a step.
 """
 
 import contextlib
 import json
 import logging
-import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,12 @@ import torch
 from torch import Tensor
 
 from distcond.config import CheckpointConfig
-from distcond.errors import RunError
 from distcond.optim.sharded import ShardedRows
 from distcond.table import Collective
-from distcond.train.checkpoint import DENSE, FORMAT_VERSION, SEAL, STATE, prune, publish, write_sealed
+from distcond.train.checkpoint import DENSE, FORMAT_VERSION
+from distcond.train.sealer import Sealer
+from distcond.train.sealing import explained, make_folders, write_sealed
+from distcond.train.snapshot import Snapshot, file_pieces
 from distcond.train.table_files import table_names
 
 log = logging.getLogger(__name__)
@@ -43,21 +44,16 @@ class _Attempt:
     """One checkpoint on its way to the disk, as one rank sees it."""
 
     step: int
-    folder: Path
-    "Where its files are until it is complete; another one for every attempt."
-    files: dict[str, dict[str, Tensor]]
-    "This rank's."
-    names: list[str]
-    "The files of all ranks."
-    state: str
-    "The content of state.json."
     num_bytes: int
-    started: float = field(default_factory=time.perf_counter)
     stall_s: float = 0.0
     write_s: float = 0.0
-    is_done: threading.Event = field(default_factory=threading.Event)
-    is_cancelled: threading.Event = field(default_factory=threading.Event)
-    error: Exception | None = None
+    is_done: bool = False
+    is_cancelled: bool = False
+    error: str = ""
+
+    def end(self, error: str, write_s: float) -> None:
+        """error: empty where there was none."""
+        self.is_done, self.error, self.write_s = True, error, write_s
 
 
 class CheckpointWriter:
@@ -69,7 +65,10 @@ class CheckpointWriter:
     def __init__(self, folder: Path, tables: ShardedRows, config: CheckpointConfig, note: Callable[[str], None]) -> None:
         self.folder, self._config, self._note = folder, config, note
         self._tables, self._world = tables, tables.world
-        self._shelf = _Shelf()
+        self._snapshot = Snapshot()
+        self._sealer = Sealer(folder, self._snapshot.descriptor)
+        with contextlib.suppress(OSError):  # of storage that is gone; tried again when there is something to write
+            self._sealer.start()
         self._attempt: _Attempt | None = None
         self._num_failures, self._retry_at = 0, float("inf")
         self.retry_is_due = False
@@ -94,43 +93,42 @@ class CheckpointWriter:
         dense: full tensors by name, of which rank 0's are kept. tables: this rank's, from `own_tables`.
         """
         assert not self.is_busy
-        start = time.perf_counter()
+        start, rank = time.perf_counter(), self._world.rank
         unique = int(self._world.broadcast_(torch.tensor([time.time_ns()])))
-        files = {**({DENSE: dict(dense)} if self._world.rank == 0 else {}), **tables}
+        folder = self.folder / f".{name_of(step)}.{unique}.tmp"  # until it is complete; another one for every attempt
+        files = {**({DENSE: dict(dense)} if rank == 0 else {}), **tables}
         num_bytes = sum(value.nbytes for tensors in files.values() for value in tensors.values())
-        attempt = _Attempt(
-            step=step,
-            folder=self.folder / f".{name_of(step)}.{unique}.tmp",
-            files=files,
-            names=[DENSE, *table_names(self._tables)],
-            state=json.dumps({"format_version": FORMAT_VERSION, "step": step, **state}, indent=2) + "\n",
-            num_bytes=num_bytes,
-        )
-        fits = MEMORY_SHARE * num_bytes <= psutil.virtual_memory().available
-        if fits:
-            attempt.files = {name: self._shelf.copies(name, tensors) for name, tensors in files.items()}
+        attempt = self._attempt = _Attempt(step=step, num_bytes=num_bytes)
         self._retry_at = float("inf")
-        thread = threading.Thread(target=self._run, args=(attempt,), name="checkpoint", daemon=True)
-        self._attempt = attempt
-        if not fits:
-            self._write_own(attempt)
+        needs = f"{num_bytes:,} bytes of rank {rank}"
+        publication = None if rank else self._publication(step, state)
+        try:
+            if MEMORY_SHARE * num_bytes <= psutil.virtual_memory().available:
+                places = self._snapshot.take(files)
+            else:
+                places = []
+                make_folders(folder)
+                for name, tensors in files.items():
+                    write_sealed(folder, name, file_pieces(tensors))
+            self._sealer.give({"folder": str(folder), "files": places, "needs": needs, "publication": publication})
+        except OSError as error:
+            attempt.end(explained(error, folder, needs), time.perf_counter() - start)
         attempt.stall_s = time.perf_counter() - start
-        thread.start()
 
     def agree(self, asked: bool = False) -> bool:
         """Whether any rank was asked, which has nothing to do with checkpoints; and take note of one that has ended. Collective.
 
         All that the ranks have to agree on once a step is in this one reduction.
         """
+        self._look()
         attempt, world = self._attempt, self._world
-        has_ended = attempt is None or attempt.is_done.is_set()
-        has_failed = attempt is not None and attempt.error is not None
+        has_ended = attempt is None or attempt.is_done
+        has_failed = attempt is not None and bool(attempt.error)
         flags = [asked, not has_ended, has_failed, time.monotonic() >= self._retry_at]
         any_asked, is_busy, any_failed, self.retry_is_due = world.max_(torch.tensor(flags, dtype=torch.float32)).bool().tolist()
-        if attempt is not None and any_failed:
-            attempt.is_cancelled.set()
-        if attempt is not None and has_ended and not isinstance(attempt.error, OSError | None):
-            raise attempt.error
+        if attempt is not None and any_failed and not (has_ended or attempt.is_cancelled):
+            attempt.is_cancelled = True
+            self._sealer.cancel()
         if attempt is not None and not is_busy:
             self._conclude(attempt, any_failed)
         return bool(any_asked)
@@ -141,15 +139,34 @@ class CheckpointWriter:
         while self.is_busy:
             if self.agree(self._world.rank == 0 and time.monotonic() > end):
                 return not self.is_busy
-            if self._attempt is not None:
-                self._attempt.is_done.wait(POLL_S)
+            self._look(POLL_S)
         return True
+
+    def close(self) -> None:
+        """Let go of the process, which finishes what it has been given. Nothing can be begun any more."""
+        self._sealer.close()
+        self._snapshot.close()
+
+    def _publication(self, step: int, state: Mapping[str, Any]) -> dict[str, Any]:
+        """What rank 0's process has to know beside the files."""
+        return {
+            "name": name_of(step),
+            "files": [DENSE, *table_names(self._tables)],
+            "state": json.dumps({"format_version": FORMAT_VERSION, "step": step, **state}, indent=2) + "\n",
+            "keep_last": self._config.keep_last,
+            "keep_best": self._config.keep_best,
+        }
+
+    def _look(self, timeout_s: float = 0.0) -> None:
+        """Take note of what the process has to say."""
+        attempt = self._attempt
+        if attempt is not None and not attempt.is_done and (answer := self._sealer.answer(timeout_s)) is not None:
+            attempt.end(answer["error"], attempt.stall_s + answer["seconds"])
 
     def _conclude(self, attempt: _Attempt, has_failed: bool) -> None:
         """The same on all ranks."""
         self._attempt, self.last = None, attempt
-        why = str(attempt.error) if attempt.error is not None else ""
-        self.failure = lowest_line(self._world, why) if has_failed else ""
+        self.failure = lowest_line(self._world, attempt.error) if has_failed else ""
         if has_failed:
             wait_s = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2**self._num_failures)
             self._num_failures += 1
@@ -165,77 +182,6 @@ class CheckpointWriter:
     def _tell(self, line: str) -> None:
         if self._world.rank == 0:
             self._note(line)
-
-    # ---- in the thread -----------------------------------------------------------------------------------------------
-
-    def _run(self, attempt: _Attempt) -> None:
-        try:
-            if attempt.error is None:
-                self._write_own(attempt)
-            if attempt.error is None and self._world.rank == 0:
-                self._publish(attempt)
-        except Exception as error:  # noqa: BLE001 - raised again where training waits for it
-            attempt.error = error
-        attempt.write_s = time.perf_counter() - attempt.started
-        attempt.is_done.set()
-
-    def _write_own(self, attempt: _Attempt) -> None:
-        try:
-            # NOTE: no parents, for storage that is gone must not be made anew where it was mounted.
-            for folder in (self.folder, attempt.folder):
-                folder.mkdir(exist_ok=True)
-            while attempt.files:
-                name, tensors = attempt.files.popitem()
-                write_sealed(attempt.folder, name, tensors)
-        except OSError as error:
-            attempt.error = self._explained(error, attempt)
-
-    def _publish(self, attempt: _Attempt) -> None:
-        for left in self.folder.glob(".step_*"):  # by a process that was killed
-            if left != attempt.folder:
-                shutil.rmtree(left, ignore_errors=True)
-        try:
-            (attempt.folder / STATE).write_text(attempt.state)
-            while not all((attempt.folder / f"{name}{SEAL}").exists() for name in attempt.names):
-                if attempt.is_cancelled.wait(POLL_S):
-                    return
-            publish(attempt.folder, self.folder / name_of(attempt.step))
-        except OSError as error:
-            attempt.error = self._explained(error, attempt)
-        finally:
-            shutil.rmtree(attempt.folder, ignore_errors=True)  # where it has not become a checkpoint
-        with contextlib.suppress(OSError, RunError):  # what is left over is removed the next time
-            prune(self.folder, self._config.keep_last, self._config.keep_best)
-
-    def _explained(self, error: OSError, attempt: _Attempt) -> OSError:
-        """The error with what is needed and what there is."""
-        try:
-            free = f"{shutil.disk_usage(self.folder.parent).free:,} bytes are free"
-        except OSError:
-            free = f"{self.folder.parent} is not there"
-        reason = error.strerror or str(error)
-        return OSError(f"{reason}; it takes {attempt.num_bytes:,} bytes of rank {self._world.rank}, {free} in {self.folder}")
-
-
-class _Shelf:
-    """Memory that copies of tensors are put into, kept from one checkpoint to the next: fresh memory takes four times as long."""
-
-    def __init__(self) -> None:
-        self._memory: dict[tuple[str, str], Tensor] = {}
-
-    def copies(self, place: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of tensors, valid until the next call for this place."""
-        kept = {(place, name): self._memory.pop((place, name), None) for name in tensors}
-        self._memory = {key: memory for key, memory in self._memory.items() if key[0] != place}
-        copies = {}
-        for name, tensor in tensors.items():
-            memory = kept[place, name]
-            if memory is None or not tensor.nbytes <= len(memory) <= 2 * tensor.nbytes + 64:
-                memory = torch.empty(tensor.nbytes + tensor.nbytes // 8, dtype=torch.uint8)  # rows of a table grow
-            self._memory[place, name] = memory
-            copies[name] = memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            copies[name].copy_(tensor)
-        return copies
 
 
 def name_of(step: int) -> str:

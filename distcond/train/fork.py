@@ -9,8 +9,9 @@ from typing import Any
 from distcond.config import Config
 from distcond.errors import RunError
 from distcond.nn.budget import StepBudget
-from distcond.train.checkpoint import LATEST, MANIFEST, STATE, fingerprint, newest_checkpoint, read_state
+from distcond.train.checkpoint import newest_checkpoint, read_state
 from distcond.train.run_folder import RunFolder, write_json
+from distcond.train.sealing import LATEST, MANIFEST, STATE, fingerprint
 
 
 def fork_run(config: Config) -> tuple[Config, int]:

@@ -49,9 +49,12 @@ def run_training(
     while True:
         run = start_run(config, folder, feeder, task, note)
         start = run.step
-        if train(run, make_hooks(run, task, settings)):
-            return run.summary
-        run.writer.settle(LONGEST_WAIT_S)
+        try:
+            if train(run, make_hooks(run, task, settings)):
+                return run.summary
+            run.writer.settle(LONGEST_WAIT_S)
+        finally:
+            run.writer.close()
         has_checkpoint = start > 0 or run.writer.newest is not None
         if not has_checkpoint or run.step <= went_back_at:
             raise TrainingError(

@@ -24,6 +24,7 @@ from distcond.train.grow import start_from
 from distcond.train.learner import learner_for
 from distcond.train.metrics import Meter
 from distcond.train.run_folder import RunFolder
+from distcond.train.sealer import wait_for_orphans
 from distcond.train.table_files import load_tables, tree_layers
 from distcond.train.tree_use import TreeUse
 
@@ -130,6 +131,8 @@ def _agreed_checkpoint(folder: Path, note: Callable[[str], None], *, is_own: boo
     step = torch.tensor([none])
     error: RunError | None = None
     if world.rank == 0:
+        if is_own:
+            wait_for_orphans(folder)
         try:
             found, damaged = newest_checkpoint(folder)
         except RunError as reason:

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from distcond.cluster.trainer import prepare_run
 from distcond.config import Config
-from tests.helpers import small_config
+from tests.helpers import sealers_below, small_config
 
 TIMEOUT_S = 240.0
 "Longer than anything here takes on two busy cores; what takes longer hangs."
@@ -110,6 +110,7 @@ class Command:
     """`distcond train` as a process of its own, in a group of its own as a terminal would start it."""
 
     def __init__(self, folder: Path, *words: str) -> None:
+        self.folder = folder
         self.process = psutil.Popen(
             [sys.executable, "-u", "-m", "distcond", "train", *words],
             cwd=folder,
@@ -141,8 +142,9 @@ class Command:
         with self.process.stderr as stream:
             errors = stream.read()
         self.process.stdout.close()
-        # Ray's processes end a moment after their parent.
-        wait_until(lambda: not any(map(is_alive, self.started)), timeout_s=left_s - (time.monotonic() - end))
+        # Ray's processes end a moment after their parent, and those that write checkpoints finish what they have begun.
+        for alive in (lambda: any(map(is_alive, self.started)), lambda: sealers_below(self.folder)):
+            wait_until(lambda alive=alive: not alive(), timeout_s=left_s - (time.monotonic() - end))
         return status, errors
 
 

@@ -19,7 +19,7 @@ import pytest
 from distcond.cluster.trainer import prepare_run
 from distcond.config import Config
 from tests.cluster.processes import TIMEOUT_S, Command, assert_same_end, last_step, processes_of, wait_until
-from tests.helpers import changed, small_config
+from tests.helpers import changed, sealers_below, small_config
 
 DURATION_S = float(os.environ.get("DISTCOND_CHAOS_S", "600"))
 BETWEEN_S = 20.0
@@ -62,7 +62,7 @@ class Chaos:
         self.start()
 
     def kill_everything(self) -> None:
-        for process in [self.command.process, *self.command.process.children(recursive=True)]:
+        for process in [self.command.process, *self.command.process.children(recursive=True), *sealers_below(self.folder)]:
             process.kill()
         self.command.end(left_s=10)
         self.start()

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,8 @@ from distcond.config import Config
 from distcond.data.batch import Batch
 from distcond.data.batches import LocalFeeder
 from distcond.errors import RunError
-from distcond.train.checkpoint import newest_checkpoint, prune, read_state
+from distcond.train.checkpoint import newest_checkpoint, read_state
+from distcond.train.sealing import prune
 from tests.helpers import asked_for, changed, folder_of, metric_rows, run_ranks, small_config, text_config, train_here, train_run
 from tests.train.traces import rows_by_node
 
@@ -327,38 +327,42 @@ def test_checkpoint_of_another_format_is_refused(straight: Config, tmp_path: Pat
         read_state(checkpoint)
 
 
-class FailingDisk:
-    """Lets this process change a folder only so many more times, as a disk that is full; None: it works."""
+FAILING_DISK = """
+import pathlib, runpy, sys
+left = pathlib.Path(__file__).with_name("left")
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.left = str(folder), None  # type: str, int | None
-        sys.addaudithook(self.watch)
+def watch(event, args):
+    if event not in {"open", "os.mkdir", "os.rename", "os.rmdir"} or not str(args[0]).startswith(sys.argv[2]):
+        return
+    left.write_text(str(int(left.read_text()) - 1))
+    if int(left.read_text()) < 0:
+        raise OSError("no space left")
 
-    def watch(self, event: str, args: tuple[Any, ...]) -> None:
-        if self.left is None or event not in {"open", "os.mkdir", "os.rename", "os.rmdir"}:
-            return
-        if str(args[0]).startswith(self.folder):
-            self.left -= 1
-            if self.left < 0:
-                raise OSError("no space left")
+sys.addaudithook(watch)
+runpy.run_path(SEALING, run_name="__main__")
+"""
+"The process that writes checkpoints, which may change their folder only so many more times, as on a disk that is full."
 
 
 def save_on_a_failing_disk(config: Config) -> list[str]:
     """Save a run's next step while the disk fails at the first, second, ... change; what `latest` says each time."""
+    from distcond.train import sealing
     from distcond.train.hooks import CheckpointHook
     from distcond.train.state import start_run
 
     folder, feeder = folder_of(config), LocalFeeder(config, 0, 1)
-    run = start_run(config, folder, feeder, feeder.task)
-    disk, named = FailingDisk(folder.checkpoints), []
+    program, left = folder.path / "failing_disk.py", folder.path / "left"
+    program.write_text(FAILING_DISK.replace("SEALING", repr(sealing.__file__)))
+    sealing.__file__ = str(program)
+    run, named = start_run(config, folder, feeder, feeder.task), []
     run.step = 5
     for changes in range(1000):
-        disk.left = changes
+        left.write_text(str(changes))
         CheckpointHook()._begin(run)
         assert run.writer.settle(60)
-        disk.left = None
         named.append(verified_name(folder.checkpoints))
         if not run.writer.failure:
+            left.write_text("1000")
             CheckpointHook()._begin(run)  # on a disk that works, it removes what the others left
             assert run.writer.settle(60)
             return named
@@ -399,6 +403,20 @@ def test_the_summary_is_there_with_the_first_checkpoint_and_the_best_is_a_number
         prune(prune_to, keep_last=1, keep_best=1)
         others = [path.name for path in sorted(prune_to.glob("step_*")) if path.name == "step_00000004"]
         assert others == kept
+
+
+def train_without_room(config: Config) -> None:
+    """Train where memory for copies of the state is never free."""
+    from distcond.train import checkpoint_writer
+
+    checkpoint_writer.MEMORY_SHARE = 10**12
+    train_here(config)
+
+
+def test_checkpoints_are_the_same_where_there_is_no_memory_for_a_copy(straight: Config, tmp_path: Path) -> None:
+    run_ranks(train_without_room, 2, changed(straight, run__dir=str(tmp_path)))
+    for step in ("step_00000004", "step_00000005"):
+        assert digests(tmp_path / "run/checkpoints" / step) == digests(Path(straight.run.dir) / "run/checkpoints" / step)
 
 
 def summaries_of(config: Config) -> dict[int, int]:

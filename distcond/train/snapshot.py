@@ -1,0 +1,97 @@
+"""A rank's state in memory that its process (sealing.py) can read: the bytes of the safetensors files that it will write.
+
+The format (https://huggingface.co/docs/safetensors): length of the header (8 bytes, little-endian), header (JSON, filled up
+to a multiple of 8), tensors one after the other. Headers and the order of tensors are those of `safetensors.torch.save_file`.
+"""
+
+import json
+import mmap
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int16: "I16",
+    torch.uint16: "U16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.uint32: "U32",
+    torch.float32: "F32",
+    torch.complex64: "C64",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.uint64: "U64",
+}
+"Names in the format. Tensors of the last come first in a file, so that each is aligned."
+ALIGNMENT = 64
+"Of tensors in memory, in bytes: copies to odd places take a quarter longer."
+
+
+class Snapshot:
+    """Memory shared with another process, kept from one checkpoint to the next: fresh memory takes four times as long."""
+
+    def __init__(self) -> None:
+        if sys.platform == "linux":
+            self.descriptor = os.memfd_create("checkpoint")
+        else:
+            with tempfile.TemporaryFile() as file:
+                self.descriptor = os.dup(file.fileno())
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, files: Mapping[str, Mapping[str, Tensor]]) -> list[tuple[str, int, int]]:
+        """Copy tensors, in place of those of the last call. Returns name, offset and number of bytes of each file."""
+        places, copies, end = [], [], 0
+        for name, tensors in files.items():
+            header = _header(tensors)
+            start = end = end + -(end + header.nbytes) % ALIGNMENT  # of what follows the header
+            for part in (header, *_ordered(tensors).values()):
+                copies.append((end, part))
+                end += part.nbytes
+            places.append((name, start, end - start))
+        self._reserve(end)
+        for at, part in copies:
+            self._memory[at : at + part.nbytes].view(part.dtype).view(part.shape).copy_(part)
+        return places
+
+    def close(self) -> None:
+        """Give the memory back; the other process keeps it as long as it needs it."""
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        os.close(self.descriptor)
+
+    def _reserve(self, num_bytes: int) -> None:
+        if not num_bytes <= len(self._memory) <= 2 * num_bytes + mmap.PAGESIZE:
+            size = num_bytes + num_bytes // 8  # rows of a table grow
+            os.ftruncate(self.descriptor, size)
+            self._memory = torch.frombuffer(mmap.mmap(self.descriptor, size), dtype=torch.uint8)
+
+
+def file_pieces(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
+    """The bytes of a file, piece by piece, out of the tensors' own memory."""
+    for part in (_header(tensors), *_ordered(tensors).values()):
+        yield part.contiguous().flatten().view(torch.uint8).numpy()
+
+
+def _ordered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    rank = {dtype: place for place, dtype in enumerate(DTYPES)}
+    return dict(sorted(tensors.items(), key=lambda item: (-rank[item[1].dtype], item[0])))
+
+
+def _header(tensors: Mapping[str, Tensor]) -> Tensor:
+    entries, end = {}, 0
+    for name, tensor in _ordered(tensors).items():
+        offsets = [end, end := end + tensor.nbytes]
+        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
