@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from distcond.errors import RunError
-from distcond.train.sealing import LATEST, MANIFEST, STATE, fingerprint
+from distcond.train.sealing import MANIFEST, STATE, fingerprint, newest_name
 from distcond.train.table_files import read_tensors
 
 FORMAT_VERSION = 1
@@ -31,8 +31,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, RunError]]:
 
     Raises RunError, naming a file, where there are checkpoints and all of them are damaged.
     """
-    pointer = folder / LATEST
-    named = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    named = newest_name(folder)
     found = sorted((path.name for path in folder.glob("step_*")), reverse=True)
     refused: dict[Path, RunError] = {}
     for name in [name for name in found if name <= named or named not in found]:  # a pointer to nothing is damaged, too

@@ -29,11 +29,10 @@ class Sealer:
     def __init__(self, checkpoints: Path, memory: int) -> None:
         self._checkpoints, self._memory = checkpoints, memory
         self._process: subprocess.Popen[bytes] | None = None
-        self._read = b""
 
     def start(self) -> None:
         """Have a process that lives. Raises OSError."""
-        if self._process is not None and not self._has_ended():
+        if self._process is not None and self.answer() is None:
             self._process.poll()  # NOTE: the first of two processes, which has ended, see sealing.py
             return
         self.close()
@@ -56,7 +55,7 @@ class Sealer:
     def give(self, order: dict[str, Any]) -> None:
         """Give an order, which is carried out from then on whatever becomes of this rank. Raises OSError."""
         self.start()
-        self._tell(json.dumps(order).encode())
+        self._tell(json.dumps(order).encode() + b"\n")
 
     def cancel(self) -> None:
         """Take the last order back, if it can still be taken back."""
@@ -64,40 +63,26 @@ class Sealer:
 
     def answer(self, timeout_s: float = 0.0) -> dict[str, Any] | None:
         """How the last order ended: its `error`, "" for none, and `seconds`; None if nothing is known within the time."""
-        if self._has_ended(timeout_s):
-            return {"error": ENDED, "seconds": 0.0}
-        if b"\n" not in self._read:
+        assert self._process is not None and self._process.stdout is not None
+        output = select.poll()  # NOTE: select.select knows no descriptors above 1023
+        output.register(self._process.stdout)
+        if not output.poll(1000 * timeout_s):
             return None
-        line, _, self._read = self._read.partition(b"\n")
-        answer: dict[str, Any] = json.loads(line)
+        line = self._process.stdout.readline()
+        answer: dict[str, Any] = json.loads(line) if line.endswith(b"\n") else {"error": ENDED, "seconds": 0.0}
         return answer
 
     def close(self) -> None:
         """Let it end, after what it has been given."""
         if self._process is not None:
-            for stream in (self._process.stdin, self._process.stdout):
-                assert stream is not None
-                stream.close()
-            self._process.wait()
-        self._process, self._read = None, b""
+            with self._process:  # NOTE: which closes the pipes, and waits for the first process
+                self._process = None
 
     def _tell(self, line: bytes) -> None:
         assert self._process is not None and self._process.stdin is not None
-        line += b"\n"
         with contextlib.suppress(BrokenPipeError):  # it has ended, as its answer will be
             while line:
                 line = line[self._process.stdin.write(line) :]
-
-    def _has_ended(self, timeout_s: float = 0.0) -> bool:
-        """Whether it has, and left no answer that was not read."""
-        assert self._process is not None and self._process.stdout is not None
-        output = self._process.stdout
-        while b"\n" not in self._read and select.select([output], [], [], timeout_s)[0]:
-            piece = output.read(2**16)
-            if not piece:
-                return True
-            self._read += piece
-        return False
 
 
 def wait_for_orphans(checkpoints: Path, timeout_s: float = ORPHANS_S) -> None:

@@ -16,12 +16,12 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 STATE, MANIFEST, LATEST = "state.json", "manifest.json", "latest"
 SEAL = ".seal"
 "Of a file that says a rank has written another one, and what it holds."
-CANCEL = b"cancel"
+CANCEL = b"cancel\n"
 "Instead of an order: another rank has failed to write its files."
 POLL_S = 0.005
 BEGIN_S, FINISH_S = 5.0, 60.0
@@ -130,37 +130,14 @@ def explained(error: OSError, folder: Path, needs: str) -> str:
 # ---- the process -----------------------------------------------------------------------------------------------------
 
 
-class _Orders:
-    """Lines of standard input."""
-
-    def __init__(self) -> None:
-        self._read = b""
-        self.have_ended = False
-        "Whether the rank has ended."
-
-    def next(self, timeout_s: float | None = None) -> bytes:
-        """The next line without its end; empty if none comes in time, or ever."""
-        while b"\n" not in self._read:
-            if self.have_ended:
-                time.sleep(timeout_s or 0.0)
-                return b""
-            if not select.select([0], [], [], timeout_s)[0]:
-                return b""
-            piece = os.read(0, PIECE)
-            self.have_ended = not piece
-            self._read += piece
-        line, _, self._read = self._read.partition(b"\n")
-        return line
-
-
 def _main(memory: int) -> None:
     """memory: descriptor of what the rank copies its state into."""
     if os.fork():
         os._exit(0)  # NOTE: Ray kills the children of workers that it ends; a grandchild it does not know
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # it ends with its rank, or a moment later
-    orders = _Orders()
-    while line := orders.next():
+    orders = os.fdopen(0, "rb", buffering=0)
+    while (line := orders.readline()).endswith(b"\n"):
         if line != CANCEL:  # else that of an order that has failed here, too
             start = time.perf_counter()
             error = _carry_out(json.loads(line), memory, orders)
@@ -169,7 +146,7 @@ def _main(memory: int) -> None:
                 os.write(1, answer.encode() + b"\n")
 
 
-def _carry_out(order: dict[str, Any], memory: int, orders: _Orders) -> str:
+def _carry_out(order: dict[str, Any], memory: int, orders: BinaryIO) -> str:
     """Write a rank's files, and publish those of all ranks if that is asked for. Returns what went wrong, if anything."""
     folder, publication = Path(order["folder"]), order["publication"]
     try:
@@ -182,9 +159,8 @@ def _carry_out(order: dict[str, Any], memory: int, orders: _Orders) -> str:
             write_sealed(folder, name, _pieces(memory, offset, size))
         if publication:
             (folder / STATE).write_text(publication["state"])
-            final = folder.with_name(publication["name"])
-            if _are_sealed(folder, publication["files"], orders) and not (orders.have_ended and _is_overtaken(final)):
-                publish(folder, final)
+            if _may_be_published(folder, publication, orders):
+                publish(folder, folder.with_name(publication["name"]))
     except OSError as error:
         return explained(error, folder, order["needs"])
     finally:
@@ -201,27 +177,29 @@ def _pieces(memory: int, offset: int, size: int) -> Iterator[bytes]:
         yield os.pread(memory, min(PIECE, offset + size - start), start)
 
 
-def _are_sealed(folder: Path, names: list[str], orders: _Orders) -> bool:
-    """Wait until all ranks have written their files; whether they have, and none failed."""
-    end = math.inf
+def _may_be_published(folder: Path, publication: dict[str, Any], orders: BinaryIO) -> bool:
+    """Wait until all ranks have written their files; false where that will not be, or where nobody needs them any more.
+
+    The last only once the own rank has ended, and the run, started again, has got as far by itself.
+    """
+    files, orphaned_s = [folder / name for name in publication["files"]], math.inf
     while True:
-        are_sealed = all((folder / f"{name}{SEAL}").exists() for name in names)
-        is_cancelled = bool(orders.next(0.0 if are_sealed else POLL_S))
-        if are_sealed or is_cancelled:
-            return not is_cancelled
-        if orders.have_ended:
-            now, have_begun = time.monotonic(), all((folder / name).exists() for name in names)
-            end = min(end, now + FINISH_S)
-            if now > end - (0.0 if have_begun else FINISH_S - BEGIN_S):
+        are_sealed = all(file.with_name(f"{file.name}{SEAL}").exists() for file in files)
+        if select.select([orders], [], [], 0.0 if are_sealed else POLL_S)[0]:
+            if orders.readline():
                 return False
+            orphaned_s = min(orphaned_s, time.monotonic())
+            time.sleep(POLL_S)
+        if are_sealed:
+            return orphaned_s == math.inf or newest_name(folder.parent) < publication["name"]
+        if time.monotonic() > orphaned_s + (FINISH_S if all(file.exists() for file in files) else BEGIN_S):
+            return False
 
 
-def _is_overtaken(final: Path) -> bool:
-    """Whether the run, started again and tired of waiting, has got as far by itself: then its checkpoints stay as they are."""
-    try:
-        return (final.parent / LATEST).read_text().strip() >= final.name
-    except OSError:
-        return False
+def newest_name(checkpoints: Path) -> str:
+    """What `latest` says; empty where there is none."""
+    pointer = checkpoints / LATEST
+    return pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
 
 
 if __name__ == "__main__":

@@ -15,24 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.int16: "I16",
-    torch.uint16: "U16",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.uint32: "U32",
-    torch.float32: "F32",
-    torch.complex64: "C64",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.uint64: "U64",
-}
+_NAMES = (
+    "bool=BOOL uint8=U8 int8=I8 float8_e5m2=F8_E5M2 float8_e4m3fn=F8_E4M3 int16=I16 uint16=U16 float16=F16 bfloat16=BF16 "
+    "int32=I32 uint32=U32 float32=F32 complex64=C64 float64=F64 int64=I64 uint64=U64"
+)
+DTYPES = {getattr(torch, ours): theirs for ours, _, theirs in (pair.partition("=") for pair in _NAMES.split())}
 "Names in the format. Tensors of the last come first in a file, so that each is aligned."
 ALIGNMENT = 64
 "Of tensors in memory, in bytes: copies to odd places take a quarter longer."

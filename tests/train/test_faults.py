@@ -177,17 +177,18 @@ EVERY_STEP = {"checkpoint__every": 1, "train__log_every": 1000, "train__eval_eve
 
 
 KILLER = """
-import os, signal, sys, time
+import contextlib, os, psutil, signal, sys, time
 from pathlib import Path
-from tests.helpers import sealers_below
 
 checkpoints, delay_s, ranks = Path(sys.argv[1]), float(sys.argv[2]), [int(pid) for pid in sys.argv[3:]]
 before = set(checkpoints.glob(".step_*.tmp"))
 while set(checkpoints.glob(".step_*.tmp")) <= before:
     pass
 time.sleep(delay_s)
-for pid in [*ranks, *(process.pid for process in sealers_below(checkpoints))]:
-    os.kill(pid, signal.SIGKILL)
+writers = [each.pid for each in psutil.process_iter(["cmdline"]) if (each.info["cmdline"] or [])[-1:] == [sys.argv[1]]]
+for pid in [*ranks, *writers]:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 """
 
 
@@ -199,7 +200,7 @@ def train_to_be_killed(config: Config, delay_s: float) -> None:
     if rank == 0:
         pids = [(folder.path / f"pid_{other}").read_text() for other in range(dist.get_world_size())]
         command = [sys.executable, "-c", KILLER, str(folder.checkpoints), str(delay_s), *pids]
-        subprocess.Popen(command, start_new_session=True, cwd=Path(__file__).parents[2])
+        subprocess.Popen(command, start_new_session=True)
     train_here(config)
 
 
