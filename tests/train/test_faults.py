@@ -250,18 +250,20 @@ class StrikingFeeder(LocalFeeder):
     """Kills some ranks, or what writes for them, as soon as all have begun a checkpoint."""
 
     victims: Collection[int] = ()
+    "Ranks; none: what writes for them."
 
     def get(self, step: int, micro: int) -> Batch:
+        folder = folder_of(self._config)
+        if step == STRIKES_AT - 1:
+            self._writers = sealers_below(folder.path)  # now, for that takes longer than a checkpoint
         if step == STRIKES_AT:
-            folder = folder_of(self._config)
             dist.barrier()
             (folder.path / f"complete_{self._rank}").write_text(str((folder.checkpoints / "step_00000004").exists()))
             dist.barrier()
             if self._rank in self.victims:
                 os.kill(os.getpid(), signal.SIGKILL)
-            if not self.victims and self._rank == 0:
-                for process in sealers_below(folder.path):
-                    process.kill()
+            for process in self._writers if self._rank == 0 and not self.victims else []:
+                process.kill()
         return super().get(step, micro)
 
 
