@@ -35,7 +35,7 @@ VISITS = (".table.visits.keys", ".table.visits.count")
 "What a table of limited growth has counted, which only training needs."
 
 Loads = dict[str, tuple[Tensor, Tensor]]
-"Of each tree layer: leaves that were visited, int64 [G], and by how many tokens."
+"Of each tree layer: leaves that were visited, tree << depth | leaf, int64 [G], and by how many tokens."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +107,9 @@ def _measure(model: Deployed, opened: OpenedRun) -> tuple[dict[str, float], Load
     """Quality and steps on the validation set, and where its tokens went in the model's tree layers."""
     visited: dict[str, list[Tensor]] = {}
     handles = [
-        layer.register_forward_pre_hook(lambda layer, given, name=name: visited.setdefault(name, []).append(layer.leaf(given[0])))
+        layer.register_forward_pre_hook(
+            lambda layer, given, name=name: visited.setdefault(name, []).append(visits(layer, given[0]))
+        )
         for name, layer in tree_layers(model.body).items()
     ]
     learner = with_loss(model, opened.config.model, is_text=opened.learner.is_text, num_classes=opened.learner.num_classes)
@@ -120,6 +122,12 @@ def _measure(model: Deployed, opened: OpenedRun) -> tuple[dict[str, float], Load
     per_token = bytes_per_token(opened.feeder.task, "validation")
     figures = quality(total, is_text=learner.is_text, prefix="val", bytes_per_token=per_token) | ponder(total, "val/ponder")
     return figures, {name: torch.unique(torch.cat(parts), return_counts=True) for name, parts in visited.items()}
+
+
+def visits(layer: TreeLinear, x: Tensor) -> Tensor:
+    """Leaf of each token in each tree, tree << depth | leaf, int64 [tokens x trees]."""
+    leaf_TM = layer.leaf(x).view(-1, layer.num_trees)
+    return (leaf_TM + (torch.arange(layer.num_trees, device=leaf_TM.device) << layer.depth)).flatten()
 
 
 def _prepared(
@@ -162,7 +170,7 @@ def _flatten(body: nn.Module, loads: Loads, options: ExportOptions) -> dict[str,
 
 
 def _leaf_bytes(layer: TreeLinear, options: ExportOptions) -> int:
-    return (2 if options.bfloat16 else 4) * layer.out_features * (layer.in_features + 1)
+    return (2 if options.bfloat16 else 4) * layer.out_features // layer.num_trees * (layer.in_features + 1)
 
 
 def _write_weights(file: Path, body: nn.Module, options: ExportOptions) -> None:

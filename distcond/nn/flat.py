@@ -1,6 +1,6 @@
 """A tree layer for inference: the matrices on the path to a leaf are added up beforehand, and a prediction costs one.
 
-Legend: T tokens, Q in, P out, K depth, L leaves folded, G leaves touched.
+Legend: T tokens, Q in, P out (of one tree), K depth, M trees, V pairs of token and tree, L leaves folded, G leaves touched.
 """
 
 from typing import Any, NamedTuple, Self
@@ -14,7 +14,7 @@ from distcond.nn.tree_product import full_precision
 from distcond.ops import leaf_index
 
 MOST_LEAVES = 2**20
-"Leaves that are folded without being chosen."
+"Leaves of all trees that are folded without being chosen."
 
 
 class FlatTree(nn.Module):
@@ -22,9 +22,9 @@ class FlatTree(nn.Module):
 
     `flatten` makes it; one that is made here has room for so many leaves, and is filled by `load_state_dict`.
 
-    weight, bias: [L, Q, P] and [L, P] of the leaves folded; leaf: their indices, int64 [L] ascending. planes, thresholds:
-    [K, Q] and [K], of the bits. Tokens of other leaves go through `rest`, the layer itself (None where every leaf is
-    folded), along the nodes that exist for them.
+    weight, bias: [L, Q, P] and [L, P] of the leaves folded; leaf: which these are, tree << K | leaf, int64 [L] ascending.
+    planes, thresholds: [M K, Q] and [M K], of the bits. Tokens of other leaves go through `rest`, the layer itself (None
+    where every leaf is folded), along the nodes that exist for them.
     """
 
     weight: Tensor
@@ -35,16 +35,17 @@ class FlatTree(nn.Module):
 
     def __init__(self, layer: TreeLinear, num_leaves: int) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.depth = layer.in_features, layer.out_features, layer.depth
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.depth, self.num_trees = layer.depth, layer.num_trees
         like = layer.node_weight(0)
         # Transposed, small products are a sixth faster.
-        self.register_buffer("weight", like.new_empty(num_leaves, layer.in_features, layer.out_features))
-        self.register_buffer("bias", like.new_empty(num_leaves, layer.out_features))
+        self.register_buffer("weight", like.new_empty(num_leaves, layer.in_features, len(like)))
+        self.register_buffer("bias", like.new_empty(num_leaves, len(like)))
         self.register_buffer("leaf", torch.arange(num_leaves, device=layer.seed.device))
         planes, thresholds = hyperplanes(layer)
         self.register_buffer("planes", planes)
         self.register_buffer("thresholds", thresholds)
-        self.rest = layer if num_leaves < 2**self.depth else None
+        self.rest = layer if num_leaves < self.num_trees << self.depth else None
         self._singles: _Singles | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,13 +58,18 @@ class FlatTree(nn.Module):
         return y_TP if x.dim() == 2 else y_TP.view(*x.shape[:-1], self.out_features)
 
     def _one(self, x_1Q: Tensor) -> Tensor:
-        """A single token: the matrix is read once, and little else may be done beside."""
+        """A single token: each tree's matrix is read once, and little else may be done beside."""
         singles = self._singles or self._make_singles()
-        leaf = 0
-        for gate in torch.addmm(singles.offsets, x_1Q.to(singles.offsets.dtype), singles.planes_QK).tolist()[0]:
-            leaf = 2 * leaf + (gate > 0)
-        found = singles.leaves.get(leaf)
-        return self._through_rest(x_1Q) if found is None else torch.addmm(found[0], x_1Q.to(found[0].dtype), found[1])
+        gates = torch.addmm(singles.offsets, x_1Q.to(singles.offsets.dtype), singles.planes_QK).tolist()[0]
+        parts = []
+        for leaf in range(self.num_trees):  # from the tree's number on, bit by bit
+            for gate in gates[leaf * self.depth : (leaf + 1) * self.depth]:
+                leaf = 2 * leaf + (gate > 0)
+            found = singles.leaves.get(leaf)
+            if found is None:
+                return self._through_rest(x_1Q)
+            parts.append(torch.addmm(found[0], x_1Q.to(found[0].dtype), found[1]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _make_singles(self) -> "_Singles":
         leaves = dict(zip(self.leaf.tolist(), zip(self.bias.unbind(), self.weight.unbind(), strict=True), strict=True))
@@ -82,24 +88,34 @@ class FlatTree(nn.Module):
         return {**self.__dict__, "_singles": None}
 
     def _many(self, x_TQ: Tensor) -> Tensor:
-        """Tokens sorted by leaf, one product a leaf; those of leaves that are not folded come last."""
-        leaf_T = leaf_index(nn.functional.linear(x_TQ.to(self.planes.dtype), self.planes, -self.thresholds) > 0)
-        slot_T, order_T = torch.sort(leaf_T if self.rest is None else self._slots(leaf_T), stable=True)
-        slot_G, count_G = torch.unique_consecutive(slot_T, return_counts=True)
-        sorted_TQ = x_TQ.index_select(0, order_T).to(self.weight.dtype)
-        out_TP, sizes = sorted_TQ.new_empty(len(x_TQ), self.out_features), count_G.tolist()
-        for slot, x, out in zip(slot_G.tolist(), sorted_TQ.split(sizes), out_TP.split(sizes), strict=True):
+        """Pairs of token and tree sorted by leaf, one product a leaf; those of leaves that are not folded come last."""
+        gates = nn.functional.linear(x_TQ.to(self.planes.dtype), self.planes, -self.thresholds)
+        leaf_TM = leaf_index(gates.view(len(x_TQ), self.num_trees, self.depth) > 0)
+        leaf_V = (leaf_TM + (torch.arange(self.num_trees, device=leaf_TM.device) << self.depth)).flatten()
+        slot_V, order_V = torch.sort(leaf_V if self.rest is None else self._slots(leaf_V), stable=True)
+        slot_G, count_G = torch.unique_consecutive(slot_V, return_counts=True)
+        x_TQ, sizes = x_TQ.to(self.weight.dtype), count_G.tolist()
+        sorted_VQ = x_TQ.index_select(0, order_V if self.num_trees == 1 else order_V // self.num_trees)
+        out_VP = sorted_VQ.new_empty(len(order_V), self.bias.shape[1])
+        for slot, x, out in zip(slot_G.tolist(), sorted_VQ.split(sizes), out_VP.split(sizes), strict=True):
             if slot < len(self.leaf):
                 torch.addmm(self.bias[slot], x, self.weight[slot], out=out)
             else:
-                out.copy_(self._through_rest(x))
-        return torch.empty_like(out_TP).index_copy_(0, order_T, out_TP)
+                out.copy_(self._others(x_TQ, order_V[-len(out) :]))
+        return torch.empty_like(out_VP).index_copy_(0, order_V, out_VP).view(-1, self.out_features)
 
-    def _slots(self, leaf_T: Tensor) -> Tensor:
-        """Place of each token's leaf among those that are folded, int64 [T]; L where it is not."""
-        slot_T = torch.searchsorted(self.leaf, leaf_T)
-        is_folded_T = self.leaf[slot_T.clamp(max=len(self.leaf) - 1)] == leaf_T
-        return torch.where(is_folded_T, slot_T, len(self.leaf))
+    def _slots(self, leaf_V: Tensor) -> Tensor:
+        """Place of each leaf among those that are folded, int64 [V]; L where it is not."""
+        slot_V = torch.searchsorted(self.leaf, leaf_V)
+        is_folded_V = self.leaf[slot_V.clamp(max=len(self.leaf) - 1)] == leaf_V
+        return torch.where(is_folded_V, slot_V, len(self.leaf))
+
+    def _others(self, x_TQ: Tensor, pair_V: Tensor) -> Tensor:
+        """What the layer itself says for pairs, token * M + tree, [V, P]; a token goes through it once."""
+        token_S, place_V = torch.unique(pair_V // self.num_trees, return_inverse=True)
+        y_SMP = self._through_rest(x_TQ[token_S]).unflatten(1, (self.num_trees, -1))
+        y_VP: Tensor = y_SMP[place_V, pair_V % self.num_trees]
+        return y_VP
 
     @torch.no_grad()
     def _through_rest(self, x_TQ: Tensor) -> Tensor:
@@ -112,34 +128,36 @@ class _Singles(NamedTuple):
     """What a single token needs, taken out of the buffers once: to do so for each costs as much as its product."""
 
     offsets: Tensor
-    "-thresholds, [K]."
+    "-thresholds, [M K]."
     planes_QK: Tensor
+    "[Q, M K]."
     leaves: dict[int, tuple[Tensor, Tensor]]
-    "Bias [P] and weight [Q, P] by leaf."
+    "Bias [P] and weight [Q, P] by tree << K | leaf."
 
 
 @torch.no_grad()
 def flatten(layer: TreeLinear, max_leaves: int | None = None, loads: tuple[Tensor, Tensor] | None = None) -> FlatTree:
-    """Fold a layer's leaves: all of them, or the `max_leaves` that `loads` says most tokens visit.
+    """Fold a layer's leaves: all of them, or the `max_leaves` that `loads` says most tokens visit, whichever tree they are of.
 
-    loads: leaves, int64 [G], and their tokens, [G], as `TreeLinear.take_leaf_loads` gives them. The layer itself serves the
-    leaves that are left out, so that it must stay as it is; a folded leaf takes P Q + P numbers.
-    Raises ValueError for a layer without a matrix a leaf (gate_gradient="magnitude"; several trees), for one whose nodes are
-    spread over ranks, and where it cannot be known which leaves to fold.
+    loads: leaves, tree << K | leaf, int64 [G], and their tokens, [G], as `TreeLinear.take_leaf_loads` gives them. The layer
+    itself serves the leaves that are left out, so that it must stay as it is; a folded leaf takes P Q + P numbers.
+    Raises ValueError for gate_gradient="magnitude", for a layer whose nodes are spread over ranks, and where it cannot be
+    known which leaves to fold.
     """
+    # NOTE: under "magnitude" y = U_root x + sum over l of tanh|g_l(x)| U_l x: the matrix is a function of the token, not of
+    # its leaf alone, so that only the K + 1 matrices of a path are shared by the tokens of a leaf, and these the layer has.
     if layer.scales_levels:
         raise ValueError("gate_gradient='magnitude' scales each level by the token's gates: a leaf has no matrix of its own")
-    if layer.num_trees > 1:
-        raise ValueError(f"num_trees={layer.num_trees}: a leaf of one of several trees has a part of the outputs only")
     if layer.plan.is_sharded:
         raise ValueError("this rank holds a part of the nodes only; flatten a layer loaded from a checkpoint by one process")
     most = MOST_LEAVES if max_leaves is None else max_leaves
     if most < 1:
         raise ValueError(f"max_leaves={max_leaves} is below 1; fold 1 or more leaves, or use the layer as it is")
-    if 2**layer.depth <= most:
-        return _fold(layer, torch.arange(2**layer.depth, device=layer.seed.device))
+    if layer.num_trees << layer.depth <= most:
+        return _fold(layer, torch.arange(layer.num_trees << layer.depth, device=layer.seed.device))
     if loads is None:
-        raise ValueError(f"of 2**{layer.depth} leaves at most {most} are folded; give loads, which say which are visited")
+        of = f"{layer.num_trees} x " if layer.num_trees > 1 else ""
+        raise ValueError(f"of {of}2**{layer.depth} leaves at most {most} are folded; give loads, which say which are visited")
     leaf_G, count_G = loads
     hottest = torch.argsort(count_G, descending=True, stable=True)[:most]
     return _fold(layer, leaf_G[hottest].sort().values)
@@ -149,16 +167,16 @@ def _fold(layer: TreeLinear, leaf_L: Tensor) -> FlatTree:
     flat = FlatTree(layer, len(leaf_L))
     flat.leaf.copy_(leaf_L)
     for slot, leaf in enumerate(leaf_L.tolist()):
-        weight, bias = layer.effective_weight(leaf)
+        weight, bias = layer.effective_weight(leaf % 2**layer.depth, tree=leaf >> layer.depth)
         flat.weight[slot], flat.bias[slot] = weight.t(), bias
     return flat
 
 
 def hyperplanes(layer: TreeLinear) -> tuple[Tensor, Tensor]:
-    """Planes [K, Q] and thresholds [K] whose bits are those of a layer: bit k is 1 where plane_k . x > threshold_k."""
+    """Planes [M K, Q] and thresholds [M K] whose bits, tree after tree, are a layer's: 1 where plane . x > threshold."""
     gate, like = layer.gate, layer.node_weight(0)
     if gate is None:
         return like.new_zeros(0, layer.in_features), like.new_zeros(0)
     if gate.kind == "sign":
-        return torch.eye(layer.depth, layer.in_features).to(gate.running_mean), torch.zeros_like(gate.running_mean)
+        return torch.eye(gate.num_bits, layer.in_features).to(gate.running_mean), torch.zeros_like(gate.running_mean)
     return gate.weight.to(gate.running_mean.dtype, copy=True), gate.running_mean.clone()

@@ -62,12 +62,17 @@ def tree_of(model: Deployed) -> TreeLinear:
     return layer
 
 
+def starts_of(layer: TreeLinear) -> Tensor:
+    """First leaf of each tree, int64 [trees]."""
+    return torch.arange(layer.num_trees) * 2**layer.depth
+
+
 def loads_of(model: Deployed, inputs: Tensor, lengths: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Leaves that inputs visit in each tree layer, and how often."""
     seen: dict[str, list[Tensor]] = {}
 
     def keep(name: str) -> Any:
-        return lambda layer, given: seen.setdefault(name, []).append(layer.leaf(given[0]))
+        return lambda layer, given: seen.setdefault(name, []).append(layer.leaf(given[0]).flatten(0, -2) + starts_of(layer))
 
     layers: dict[str, nn.Module] = {name: one for name, one in model.body.named_modules() if isinstance(one, TreeLinear)}
     handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]

@@ -17,11 +17,12 @@ from distcond.cli import main
 from distcond.config import Config, plugins
 from distcond.config.shape import TaskShape
 from distcond.deploy.card import AGAIN, write_card
-from distcond.deploy.export import ExportOptions, write_model
+from distcond.deploy.export import ExportOptions, visits, write_model
 from distcond.errors import ConfigError, RunError
 from distcond.nn import FlatTree
 from distcond.train.run_folder import RunFolder
-from tests.deploy.models import TEXT, VECTORS, inputs_for, loads_of, model_config, random_model, tree_of
+from tests.deploy.models import TEXT, VECTORS, inputs_for, loads_of, model_config, random_model, starts_of, tree_of
+from tests.trees import random_tree, tokens
 
 ROOT = Path(__file__).parents[2]
 # fp32: folding sums 4 products in another order; states of size 1, and at most 4 steps of 12 hidden units.
@@ -66,9 +67,10 @@ def test_what_is_loaded_is_the_model_to_the_last_bit(
 
 
 @pytest.mark.parametrize("max_mib", [1.0, 3 * 4 * 12 * 9 / 2**20])
-@pytest.mark.parametrize("changes", [{}, {"tree__storage": "dense", **LOW}])
+@pytest.mark.parametrize("changes", [{}, {"tree__storage": "dense", **LOW}, {"tree__num_trees": 3}])
 def test_a_flattened_model_is_the_model_within_rounding(tmp_path: Path, changes: dict[str, Any], max_mib: float) -> None:
     config = model_config("transformer", "act", **changes)
+    num_trees = config.tree.num_trees
     model, given = random_model(config), inputs_for(TEXT)
     loads = loads_of(model, *given)
     logits, stats = model(*given)
@@ -78,12 +80,17 @@ def test_a_flattened_model_is_the_model_within_rounding(tmp_path: Path, changes:
     assert torch.equal(same_stats.steps, stats.steps)
     (flat,) = (module for module in loaded.modules() if isinstance(module, FlatTree))
     if max_mib == 1:
-        assert len(flat.leaf) == 8 and flat.rest is None
+        assert len(flat.leaf) == 8 * num_trees and flat.rest is None
     else:
         leaf_G, count_G = loads["ponder.cell.up"]
-        assert sorted(count_G[torch.isin(leaf_G, flat.leaf)].tolist()) == sorted(count_G.tolist())[-3:]
+        assert sorted(count_G[torch.isin(leaf_G, flat.leaf)].tolist()) == sorted(count_G.tolist())[-3 * num_trees :]
         torch.testing.assert_close(loaded(*inputs_for(TEXT, seed=7))[0], model(*inputs_for(TEXT, seed=7))[0], **ROUNDING)
     assert torch.equal(model(*given)[0], logits)  # the run's own model stays as it was
+
+
+def test_visits_are_of_a_tree_each() -> None:
+    layer, x = random_tree(3, num_trees=2), tokens(20).view(4, 5, 5)
+    assert torch.equal(visits(layer, x), (layer.leaf(x).flatten(0, 1) + starts_of(layer)).flatten())
 
 
 def test_bf16_halves_the_file_and_keeps_what_decides(tmp_path: Path) -> None:
@@ -122,8 +129,11 @@ def test_vectors_are_read_in_bf16_too(tmp_path: Path, name: str, flatten: bool) 
     ("changes", "max_mib", "told"),
     [
         ({"tree__depth": 0}, 1.0, "the model has no tree layer"),
-        ({"tree__num_trees": 3}, 1.0, r"--flatten: ponder.cell.up: num_trees=3: .*; export without --flatten\.$"),
-        ({"tree__gate_gradient": "magnitude"}, 1.0, "a leaf has no matrix of its own; export without"),
+        (
+            {"tree__gate_gradient": "magnitude"},
+            1.0,
+            r"--flatten: ponder.cell.up: .* no matrix of its own; export without --flatten\.$",
+        ),
         ({}, 1e-4, r"--max-mib 0.0001 holds no leaf of ponder.cell.up, each of which takes 0.000412 MiB; give more"),
     ],
 )

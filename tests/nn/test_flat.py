@@ -24,10 +24,12 @@ def loads_of(layer: TreeLinear, x: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 @pytest.mark.parametrize("options", SHAPES)
 @pytest.mark.parametrize("gate", ["linear", "hash", "sign"])
 @pytest.mark.parametrize("storage", ["dense", "lazy"])
-def test_a_flattened_tree_is_its_layer(storage: str, gate: str, options: dict[str, Any]) -> None:
-    layer = random_tree(4, storage=storage, gate=gate, **options).eval()
+@pytest.mark.parametrize("trees", [1, 2])
+def test_a_flattened_tree_is_its_layer(trees: int, storage: str, gate: str, options: dict[str, Any]) -> None:
+    # 5 inputs give the sign gates of two trees two bits each.
+    layer = random_tree(4 // trees, storage=storage, gate=gate, num_trees=trees, **options).eval()
     flat, x = flatten(layer), tokens(60)
-    assert flat.rest is None
+    assert flat.rest is None and flat.weight.shape == (trees * 2 ** (4 // trees), 5, 4 // trees)
     for part in (x.view(3, 4, 5, 5), x[:1], x[7], x[:0]):
         torch.testing.assert_close(flat(part), layer(part), **ROUNDING)
 
@@ -59,9 +61,28 @@ def test_the_hottest_leaves_are_folded_and_the_layer_serves_the_rest(storage: st
         torch.testing.assert_close(flat(token), token_by_token(layer, token), **ROUNDING)
 
 
-def test_a_deep_lazy_tree_is_folded_where_tokens_went() -> None:
+@pytest.mark.parametrize("max_leaves", [1, 5, 13])
+@pytest.mark.parametrize("storage", ["dense", "lazy"])
+def test_trees_share_the_leaves_that_may_be_folded(storage: str, max_leaves: int) -> None:
+    layer = random_tree(3, sizes=(5, 6), storage=storage, full_depth=1, rank=1, num_trees=3).eval()
+    assert layer.gate is not None
+    layer.gate.running_mean[3:6] -= 1.0  # the middle tree's tokens crowd on few leaves, which are the hottest
+    x = tokens(300)
+    loads = torch.unique(layer.leaf(x) + torch.tensor([0, 8, 16]), return_counts=True)
+    flat = flatten(layer, max_leaves, loads)
+    busiest = sorted(loads[1].tolist())[-max_leaves:]
+    assert sorted(loads[1][torch.isin(loads[0], flat.leaf)].tolist()) == busiest and len(flat.weight) == max_leaves
+    assert max_leaves > 1 or 8 <= int(flat.leaf) < 16
+    assert max_leaves < 13 or len((flat.leaf // 8).unique()) == 3
+    torch.testing.assert_close(flat(x), token_by_token(layer, x), **ROUNDING)
+    for token in x[:40, None]:
+        torch.testing.assert_close(flat(token), token_by_token(layer, token), **ROUNDING)
+
+
+@pytest.mark.parametrize("trees", [1, 2])
+def test_a_deep_lazy_tree_is_folded_where_tokens_went(trees: int) -> None:
     seed_cpu(0)
-    layer = TreeLinear(5, 4, 40, full_depth=2, rank=1, storage="lazy").double()
+    layer = TreeLinear(5, 4, 40, full_depth=2, rank=1, storage="lazy", num_trees=trees).double()
     layer.records_loads, optimizer = True, RowAdam(layer, lr=0.1)
     for step in range(2):
         layer(tokens(20, seed=step)).square().sum().backward()
@@ -106,8 +127,8 @@ def test_what_cannot_be_flattened_is_refused() -> None:
     layer = TreeLinear(5, 4, 40, storage="lazy")
     with pytest.raises(ValueError, match="a leaf has no matrix of its own"):
         flatten(random_tree(3, gate_gradient="magnitude"))
-    with pytest.raises(ValueError, match="num_trees=2"):
-        flatten(random_tree(3, num_trees=2))
+    with pytest.raises(ValueError, match=r"of 2 x 2\*\*3 leaves at most 15 are folded; give loads"):
+        flatten(random_tree(3, num_trees=2), 15)
     with pytest.raises(ValueError, match=r"of 2\*\*40 leaves at most 100 are folded; give loads"):
         flatten(layer, 100)
     with pytest.raises(ValueError, match="max_leaves=0 is below 1"):
