@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distcond.deploy.lines import Line, Source, groups_of_lines
+from distcond.deploy.reader import Reader
 from distcond.deploy.served import Served, parse_json, prompt_of, vectors_of
 from distcond.errors import DataError
 
@@ -101,20 +102,13 @@ def judged(logits: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
 def _complete(
     served: Served, prompts: list[list[int]], drawn_by: list[torch.Generator], options: PredictOptions
 ) -> list[tuple[list[int], list[int]]]:
-    """What each prompt is continued by, and the steps that each place of it took.
-
-    Positions see only those before them, so that shorter windows are padded at their end.
-    """
-    shape = served.model.shape
+    """What each prompt is continued by, and the steps that each place of it took."""
+    reader = Reader(served.model, prompts, options.max_new)
     texts = [list(ids) for ids in prompts]
     steps: list[list[int]] = [[] for _ in texts]
     for _ in range(options.max_new):
-        windows = [torch.tensor(text[-shape.max_length :]) for text in texts]
-        lengths = torch.tensor([len(window) for window in windows])
-        logits, stats = served.model(torch.nn.utils.rnn.pad_sequence(windows, batch_first=True), lengths)
-        rows = torch.arange(len(texts))
-        taken = stats.steps.view(logits.shape[:2])[rows, lengths - 1].tolist()
-        for row, last in enumerate(logits[rows, lengths - 1]):
+        logits, taken = reader.read(texts)
+        for row, last in enumerate(logits):
             texts[row].append(_chosen(last, drawn_by[row], options.temperature))
             steps[row].append(taken[row])
     return [(text[len(prompt) :], spent) for text, prompt, spent in zip(texts, prompts, steps, strict=True)]

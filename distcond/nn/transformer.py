@@ -38,10 +38,11 @@ class Block(nn.Module):
         self.down = make_linear(feed_forward, width, kinds["down"])
         self._shape = (0, 0)
         self._seen: Tensor | None = None
+        self._memory: Memory | None = None
 
-    def start(self, batch: int, length: int) -> None:
-        """Forget the last batch; rows are positions of `batch` sequences of `length`."""
-        self._shape, self._seen = (batch, length), None
+    def start(self, batch: int, length: int, memory: "Memory | None" = None) -> None:
+        """Forget the last batch; rows are positions of `batch` sequences of `length`, all of them or those of a memory."""
+        self._shape, self._seen, self._memory = (batch, length), None, memory
 
     def forward(self, x: Tensor, state: Tensor, rows: Tensor) -> Tensor:
         """x [R, 1], the first-step flag; state [R, D]; rows int64 [R], places among B x T -> state [R, D]."""
@@ -52,13 +53,17 @@ class Block(nn.Module):
         return state + fed
 
     def _attend(self, x_RD: Tensor, rows_R: Tensor) -> Tensor:
-        batch, length = self._shape
+        (batch, length), memory, place_R = self._shape, self._memory, rows_R
+        rows_R = place_R if memory is None else memory.place_R[place_R]
         width, position_R = x_RD.shape[1], rows_R % max(length, 1)
         parts = self.qkv(x_RD).unflatten(1, (3, self.heads, width // self.heads)).unbind(1)
         query_RHd, key_RHd = rotate(parts[0], position_R), rotate(parts[1], position_R)
         new = torch.stack([key_RHd, parts[2]], dim=1)
         everyone = len(rows_R) == batch * length
-        self._seen = new if self._seen is None or everyone else self._seen.index_copy(0, rows_R, new)
+        if memory is not None:
+            self._seen = memory.keep(new, place_R)
+        else:
+            self._seen = new if self._seen is None or everyone else self._seen.index_copy(0, rows_R, new)
         key, value = (part.transpose(1, 2) for part in self._seen.unflatten(0, (batch, length)).unbind(2))
         asked = None if everyone else _Asked(rows_R, position_R, self._shape)
         query = query_RHd.unflatten(0, (batch, length)) if asked is None else asked.spread(query_RHd)
@@ -96,6 +101,44 @@ class _Asked:
         return x_RHd.new_zeros(*self._shape, *x_RHd.shape[1:]).index_put((self.sequence_R, self.place_R), x_RHd)
 
 
+class Memory:
+    """Keys and values of positions that were read, for those that follow: the same answers as from the whole, up to rounding.
+
+    At ponder step n a position shows what its step min(n, N) made, whatever follows it; so one entry a step is all there is
+    to keep, and an entry is final once its position has halted. For inference: entries are written in place.
+    """
+
+    def __init__(self, batch: int, length: int) -> None:
+        self.shape = (batch, length)
+        "B and T: room for so many positions of so many sequences."
+        self.place_R = torch.empty(0, dtype=torch.int64)
+        "Places among B x T, ascending, of the positions that are being read."
+        self._steps: list[Tensor] = []
+        "Of each ponder step, [B T, 2, H, d]."
+        self._step = 0
+        self._last: Tensor | None = None
+
+    def begin(self, place_R: Tensor) -> None:
+        """Read positions whose sequences were read up to them."""
+        self.place_R, self._step, self._last = place_R, 0, None
+
+    def keep(self, new: Tensor, rows_R: Tensor) -> Tensor:
+        """Take what the rows still running show at the next step, [R, 2, H, d]; what all positions show, [B T, 2, H, d]."""
+        self._last = new if self._last is None else self._last.index_copy(0, rows_R, new)
+        if self._step == len(self._steps):
+            batch, length = self.shape
+            fresh = self._steps[-1].clone() if self._steps else new.new_zeros(batch * length, *new.shape[1:])
+            self._steps.append(fresh)
+        self._step += 1
+        return self._steps[self._step - 1].index_copy_(0, self.place_R, self._last)
+
+    def end(self) -> None:
+        """All have halted: at later steps they show what they showed last."""
+        assert self._last is not None
+        for seen in self._steps[self._step :]:
+            seen.index_copy_(0, self.place_R, self._last)
+
+
 class Transformer(nn.Module):
     """Logits of the next byte or token: embedding, a block under a halting module, a head.
 
@@ -119,6 +162,20 @@ class Transformer(nn.Module):
         self.block[0].start(0, 0)
         logits = self._read(mean).unflatten(0, (batch, length))
         return logits, stats.read(self._read)
+
+    @torch.no_grad()
+    def read_on(self, ids_R: Tensor, place_R: Tensor, memory: Memory) -> tuple[Tensor, PonderStats]:
+        """Bytes or tokens that follow those in a memory, [R], at places among B x T -> logits [R, V] and stats of R positions.
+
+        place_R: int64, ascending; a sequence is read from its start on, without gaps.
+        """
+        state = self.embedding(ids_R.long())
+        memory.begin(place_R)
+        self.block[0].start(*memory.shape, memory)
+        mean, stats = self.ponder(state.new_empty(len(state), 0), state)
+        self.block[0].start(0, 0)
+        memory.end()
+        return self._read(mean), stats
 
     def _read(self, state_RD: Tensor) -> Tensor:
         logits: Tensor = self.head(self.norm(state_RD))

@@ -16,6 +16,7 @@ from distcond.config.shape import TaskShape
 from distcond.data.tokens import vocabulary_of
 from distcond.deploy.export import ExportOptions, write_model
 from distcond.deploy.predict import PredictOptions, predict
+from distcond.deploy.reader import Reader
 from distcond.deploy.served import Served, serve
 from distcond.errors import DataError
 from tests.data.tokenizer import train_tokenizer
@@ -39,16 +40,38 @@ def answers(served: Served, lines: list[str], **options: Any) -> list[dict[str, 
     return list(predict(served, source, "here", PredictOptions(**options)))
 
 
-def test_a_prompt_is_continued_by_the_likeliest_bytes(text: Served) -> None:
-    for answer, prompt in zip(answers(text, PROMPTS, max_new=3), filter(None, PROMPTS), strict=True):
+@pytest.mark.parametrize("max_new", [3, 17])  # the context is of 12
+def test_a_prompt_is_continued_by_the_likeliest_bytes(text: Served, max_new: int) -> None:
+    for answer, prompt in zip(answers(text, PROMPTS, max_new=max_new), filter(None, PROMPTS), strict=True):
         ids, steps = list(prompt.encode()), []
-        for _ in range(3):
+        for _ in range(max_new):
             logits, stats = text.model(torch.tensor([ids[-12:]]))
             ids.append(int(logits[0, -1].argmax()))
             steps.append(int(stats.steps[-1]))
         completion = bytes(ids[len(prompt.encode()) :]).decode("utf-8", "replace")
         assert answer["prompt"] == prompt
         assert (answer["completion"], answer["steps"]) == (completion, steps)
+
+
+@pytest.mark.parametrize("name", ["transformer", "mlp"])
+@pytest.mark.parametrize("halting", ["none", "act", "ponder", "fixed"])
+def test_a_reader_says_what_the_model_says_of_the_whole_window(name: str, halting: str) -> None:
+    model = random_model(model_config(name, halting, tree__num_trees=2))
+    random = torch.Generator().manual_seed(0)
+    texts = [torch.randint(256, (size,), generator=random).tolist() for size in (1, 5, 11, 12, 13)]
+    reader, windows = Reader(model, texts, 9), list[int]()
+    handle = model.body.register_forward_pre_hook(lambda body, given: windows.append(len(given[0])))
+    for _ in range(9):
+        windows.clear()
+        logits, steps = reader.read(texts)
+        assert windows == [sum(len(text) > 12 for text in texts)] or name == "mlp"
+        for text, said, taken in zip(texts, logits, steps, strict=True):
+            expected, stats = model(torch.tensor([text[-12:]]))
+            # fp32: other numbers of rows in a product, logits of size 1, at most 4 steps.
+            torch.testing.assert_close(said, expected[0, -1], rtol=0, atol=1e-5)
+            assert taken == int(stats.steps[-1])
+            text.append(int(torch.randint(256, (), generator=random)))
+    handle.remove()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])

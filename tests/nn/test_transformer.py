@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distcond.nn import AdaptiveComputation, FixedComputation
+from distcond.nn import AdaptiveComputation, FixedComputation, PonderNet
 from distcond.nn.linear import TreeOptions
-from distcond.nn.transformer import Block, Transformer, rotate
+from distcond.nn.transformer import Block, Memory, Transformer, rotate
 from tests.trees import seed_cpu
 
 EXACT = {"rtol": 0, "atol": 1e-11}  # float64; at most 6 steps of sums over 16 features
@@ -23,8 +23,9 @@ def build(kind: str, max_steps: int, tree: TreeOptions = TreeOptions()) -> Trans
     seed_cpu(0)
     block = Block(WIDTH, HEADS, 16, tree, ["up"])
     ponder: nn.Module = FixedComputation(block, max_steps)
-    if kind == "act":
-        ponder = AdaptiveComputation(block, WIDTH, max_steps, halting_bias=-1.0)
+    if kind in {"act", "ponder"}:
+        made = AdaptiveComputation if kind == "act" else PonderNet
+        ponder = made(block, WIDTH, max_steps, halting_bias=-1.0)
         nn.init.normal_(ponder.halting.weight)
     return Transformer(block, ponder, WIDTH).double()
 
@@ -213,3 +214,41 @@ def test_it_runs_and_learns_in_bfloat16(tree: TreeOptions) -> None:
     assert logits.dtype == torch.bfloat16 and stats.ponder_cost.dtype == torch.float32
     (logits.float().square().mean() + stats.ponder_cost.mean()).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize(("kind", "max_steps"), [*PONDERS, ("ponder", 6)])
+def test_what_is_read_piece_by_piece_is_answered_as_the_whole(kind: str, max_steps: int, tree: TreeOptions) -> None:
+    model = build(kind, max_steps, tree).eval()
+    inputs, logits, steps = make_bytes(), torch.zeros(BATCH, LENGTH, 256).double(), torch.zeros(BATCH, LENGTH, dtype=torch.int64)
+    expected, stats = model(inputs, LENGTHS)
+    assert kind not in {"act", "ponder"} or len(stats.steps.unique()) > 2
+    memory, flat = Memory(BATCH, LENGTH), torch.arange(BATCH * LENGTH).view(BATCH, LENGTH)
+    # A sequence that waits, pieces of unequal size, single positions, all of a sequence at once.
+    for ends in ((3, 0, 1), (4, 0, 5), (5, 0, 6), (7, 7, 7)):
+        starts = num_read(steps)
+        place = torch.cat([row[start:end] for row, start, end in zip(flat, starts, ends, strict=True)])
+        read, read_stats = model.read_on(inputs.flatten()[place], place, memory)
+        logits.view(-1, 256)[place], steps.view(-1)[place] = read, read_stats.steps
+    torch.testing.assert_close(logits, expected, **EXACT)
+    assert torch.equal(steps.flatten(), stats.steps)
+    again, _ = model(inputs, LENGTHS)  # nothing of it is left in the block
+    assert torch.equal(again, expected)
+
+
+def num_read(steps: Tensor) -> list[int]:
+    """Positions that were read of each sequence."""
+    return [int(number) for number in (steps > 0).sum(1)]
+
+
+def test_a_position_that_takes_more_steps_than_any_before_sees_their_last_ones() -> None:
+    model = build("act", 6).eval()
+    alone = model(torch.arange(256)[:, None], torch.ones(256))[1].steps
+    inputs = alone.argsort(stable=True)[None, ::16]  # bytes that take few steps come first
+    expected, stats = model(inputs, torch.tensor([16]))
+    taken = stats.steps.tolist()
+    assert len({max(taken[:end]) for end in range(1, 17)}) > 1  # the memory gets entries of further steps while in use
+    memory = Memory(1, 16)
+    for place in torch.arange(16).split(1):
+        logits, _ = model.read_on(inputs[0, place], place, memory)
+        torch.testing.assert_close(logits, expected[0, place], **EXACT)
