@@ -1,7 +1,6 @@
 """`distcond export RUN --out DIR`: a folder that `distcond.load` reads, measured beside the model of the run."""
 
 import copy
-import os
 import shutil
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,6 +19,7 @@ from distcond.data.batches import num_validation_batches
 from distcond.data.tasks import bytes_per_token
 from distcond.deploy.card import CARD, TOKENIZER, WEIGHTS, read_card, write_card
 from distcond.deploy.load import BFLOAT16, Deployed, load, to_bfloat16
+from distcond.deploy.unfinished import unfinished
 from distcond.errors import RunError
 from distcond.nn import TreeLinear, flatten
 from distcond.nn.model import SUMS, with_loss
@@ -64,18 +64,13 @@ def export(run: Path, out: Path, step: int | None = None, options: ExportOptions
     trained = Deployed(opened.learner.body, shape_without(opened.feeder.task), {})
     before, loads = _measure(trained, opened)
     about = {"run": {"name": run.absolute().name, "step": opened.step}, "data": str(config.data.name)}
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        entries = write_model(temporary, trained, config.model, options, loads, config.data.tokenizer)
-        exported = load(temporary)
+    with unfinished(out) as folder:
+        entries = write_model(folder, trained, config.model, options, loads, config.data.tokenizer)
+        exported = load(folder)
         after, _ = _measure(exported, opened)
         run_ms, exported_ms = _latency_ms(trained, exported, opened)
         figures = {"run": {**before, "latency_ms": run_ms}, "exported": {**after, "latency_ms": exported_ms}}
-        write_card(temporary, {**about, **entries, "figures": figures})
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_card(folder, {**about, **entries, "figures": figures})
     return read_card(out)
 
 

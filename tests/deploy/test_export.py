@@ -1,9 +1,12 @@
 """distcond export and distcond.load: the same model in another process, and a folder that says when it was altered."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from distcond.config import Config, plugins
 from distcond.config.shape import TaskShape
 from distcond.deploy.card import AGAIN, write_card
 from distcond.deploy.export import ExportOptions, visits, write_model
+from distcond.deploy.unfinished import unfinished
 from distcond.errors import ConfigError, RunError
 from distcond.nn import FlatTree
 from distcond.train.run_folder import RunFolder
@@ -171,6 +175,29 @@ def test_the_card_says_what_the_model_is_and_what_it_lost(exported: Path, text_r
     assert figures["exported"]["latency_ms"] > 0
     assert [file.name for file in exported.parent.iterdir()] == ["model"]
     assert len({file.stat().st_mode for file in exported.iterdir()}) == 1
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next_one_beside_it(text_run: Config, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "distcond", "export", path_of(text_run), "--out", str(tmp_path / "model")]
+    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    while not (left := list(tmp_path.iterdir())) and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert left == list(tmp_path.iterdir()) and left[0].name.startswith(".model.")
+    with unfinished(tmp_path / "busy") as held:
+        assert main(["export", path_of(text_run), "--out", str(tmp_path / "other")]) == 0
+        assert sorted(tmp_path.iterdir()) == sorted([held, tmp_path / "other"])
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(RunError), unfinished(tmp_path / "deep" / "out") as folder:
+        (folder / "part").touch()
+        raise RunError("stop")
+    assert not list((tmp_path / "deep").iterdir())
+    with unfinished(tmp_path / "deep" / "out") as folder:
+        (folder / "part").touch()
+    assert [file.name for file in (tmp_path / "deep").rglob("*")] == ["out", "part"]
 
 
 @pytest.mark.thorough
