@@ -19,9 +19,10 @@ GROUPS = ("model", "data")
 
 
 def upkeep(folder: RunFolder, config: Config, step: int, metric: str) -> dict[str, Any]:
-    """maintainability/settings_changed, /num_settings_changed, /seeds, /num_seeds_finished, /retrain_s (if its metrics tell).
+    """maintainability/settings_changed, /num_settings_changed, /seeds, /num_seeds_finished, /retrain_s, /parents.
 
-    step: of the checkpoint. metric: the figure of quality that `summary.json` ends with.
+    retrain_s: with the time of the runs that it grew from, which are `parents` (`parents_of`); left out where the metrics of
+    one of them are gone, or its own. step: of the checkpoint. metric: the figure of quality that `summary.json` ends with.
     """
     changed, seeds = settings_changed(config), seeds_beside(folder, metric)
     figures = {
@@ -30,8 +31,12 @@ def upkeep(folder: RunFolder, config: Config, step: int, metric: str) -> dict[st
         "seeds": seeds,
         "num_seeds_finished": sum(seed["finished"] for seed in seeds.values()),
     }
-    if seconds := seconds_of_training(folder.metrics, step):
-        figures["retrain_s"] = seconds
+    seconds = [seconds_of_training(folder.metrics, step)]
+    if parents := parents_of(folder, config):
+        figures["parents"] = parents
+        seconds += [parent["train_s"] for parent in parents]
+    if all(seconds):
+        figures["retrain_s"] = sum(seconds)
     return {f"maintainability/{name}": value for name, value in figures.items()}
 
 
@@ -76,6 +81,25 @@ def seeds_beside(folder: RunFolder, metric: str) -> dict[str, dict[str, Any]]:
             quality = last.get(metric) if isinstance(last, dict) else None
             found[seed] = {"run": file.parent.name, "quality": quality, "finished": finished}
     return found
+
+
+def parents_of(folder: RunFolder, config: Config) -> list[dict[str, Any]]:
+    """The run that this one started from (`train.init_from`), the one which that started from, and so on.
+
+    Of each its folder `run`, the `step` whose weights were taken, and `train_s`, seconds of training up to there; None: not
+    known, for the run is gone or lacks its files. With such a one the list ends.
+    """
+    given = _read_object(folder.summary_file).get("init_from")
+    if given is None and config.train.init_from:
+        given = {"run": config.train.init_from, "step": None}
+    parents: list[dict[str, Any]] = []
+    while given is not None and all(given["run"] != parent["run"] for parent in parents):
+        parent = RunFolder(Path(given["run"]))
+        is_whole = given["step"] is not None and parent.summary_file.is_file()
+        seconds = seconds_of_training(parent.metrics, given["step"]) if is_whole else 0.0
+        parents.append({"run": given["run"], "step": given["step"], "train_s": seconds or None})
+        given = _read_object(parent.summary_file).get("init_from") if seconds else None
+    return parents
 
 
 def seconds_of_training(metrics: Path, step: int) -> float:
