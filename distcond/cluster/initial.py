@@ -18,7 +18,7 @@ def check_start(configs: Sequence[Config]) -> str:
     fresh = [config for config in configs if config.train.init_from and not _has_begun(config)]
     if not fresh:
         return ""
-    from distcond.train.grow import becomes, changes_function, check_suits, source_of
+    from distcond.train.grow import becomes, changes_function, check_suits, deepens, source_of
 
     parent = RunFolder(Path(fresh[0].train.init_from))
     checkpoint, step = source_of(parent)
@@ -29,6 +29,8 @@ def check_start(configs: Sequence[Config]) -> str:
     parts = [f"init  {parent.path} at step {step}"]
     if grown:
         parts.append(f"new trees of depth {fresh[0].model.tree.depth}: {', '.join(grown)}")
+    if deeper := deepens(old, fresh[0]):
+        parts.append(f"trees of depth {old.model.tree.depth} become {fresh[0].model.tree.depth} deep: {', '.join(deeper)}")
     if changes_function(old, fresh[0]):
         parts.append(f"it halts otherwise ({fresh[0].model.halting.kind}, was {old.model.halting.kind}), so figures will differ")
     return "; ".join(parts)

@@ -66,7 +66,7 @@ class TrainConfig:
     "Steps in a row without a finite loss and gradient (each is left out) before a run goes back to a checkpoint; >= 1."
     init_from: str = ""
     """A run, by its folder or its name in run.dir, from whose newest checkpoint a new one takes the weights: the same function,
-    as a tree where model.tree makes a linear layer one. Empty: fresh weights."""
+    as a tree where model.tree makes a linear layer one, and deeper where it asks for more levels. Empty: fresh weights."""
     profile: bool = False
     "Write a torch profiler trace of steps 5 to 9 into RUN/logs/profile."
     peak_tflops: float | None = None

@@ -78,7 +78,7 @@ class Gate(nn.Module):
         return statistics
 
     def commit(self, statistics: Tensor) -> None:
-        """Fold the pooled statistics of one applied step into the running mean; the first commit initialises it.
+        """Fold the pooled statistics of one applied step into the running mean; a bit's first commit initialises it.
 
         A step without rows commits nothing, nor does one with NaN or infinite gates: the mean would never recover.
         """
@@ -88,5 +88,6 @@ class Gate(nn.Module):
         if self.kind == "sign":
             return
         mean_K = (statistics[:-1] / statistics[-1]).to(self.running_mean)
-        momentum = MOMENTUM if self.num_commits > 1 else 0.0
-        self.running_mean.lerp_(mean_K, 1.0 - momentum)
+        moved_K = torch.lerp(self.running_mean, mean_K, 1.0 - MOMENTUM)
+        # 0 is what a bit begins with, be it of a new layer or of the levels that a tree was given later.
+        self.running_mean.copy_(torch.where(self.running_mean == 0, mean_K, moved_K))

@@ -58,10 +58,19 @@ def own_tables(model: nn.Module, tables: ShardedRows) -> dict[str, dict[str, Ten
     return {FILE_NAME.format(tables.expert.rank, tables.expert.size): rows}
 
 
-def load_tables(folder: Path, model: nn.Module, *, rank: int = 0, size: int = 1, only: Collection[str] | None = None) -> float:
+def load_tables(
+    folder: Path,
+    model: nn.Module,
+    *,
+    rank: int = 0,
+    size: int = 1,
+    only: Collection[str] | None = None,
+    may_lack_low: bool = False,
+) -> float:
     """Fill the tables of rank `rank` of `size` expert-parallel ranks, with moments; returns the optimiser's log_decay.
 
-    only: names of the tree layers that are filled; None: all.
+    only: names of the tree layers that are filled; None: all. may_lack_low: whether trees of full levels alone may be those
+    from which trees with further, low-rank levels begin.
     Raises RunError where the folder holds no tables, or those of another model.
     """
     layers = {name: layer for name, layer in tree_layers(model).items() if layer.table is not None}
@@ -74,7 +83,7 @@ def load_tables(folder: Path, model: nn.Module, *, rank: int = 0, size: int = 1,
     if not same_plan:
         parts = [read_tensors(file) for file in files]
     for name, layer in layers.items():
-        _load_layer(name, layer, parts, folder)
+        _load_layer(name, layer, parts, folder, may_lack_low)
         _load_plan(name, layer, parts[0] if same_plan else {})
         if not same_plan:
             layer.keep_own(rank)
@@ -118,13 +127,15 @@ def _load_plan(name: str, layer: TreeLinear, part: dict[str, Tensor]) -> None:
         layer.subtree_loads.num_steps = int(part[f"{name}/load_steps"])
 
 
-def _load_layer(name: str, layer: TreeLinear, parts: list[dict[str, Tensor]], folder: Path) -> None:
+def _load_layer(name: str, layer: TreeLinear, parts: list[dict[str, Tensor]], folder: Path, may_lack_low: bool) -> None:
     table = layer.table
     assert table is not None
     table.seed = int(layer.seed)
     for kind, store in table.stores():
         prefix = f"{name}/{kind}/"
         pieces = [{k.removeprefix(prefix): v for k, v in part.items() if k.startswith(prefix)} for part in parts]
+        if kind == "low" and may_lack_low and not any(pieces):
+            continue
         held = pieces[0]["rows"].shape[1] if pieces[0] else "no"
         if held != store.width:
             raise RunError(f"{folder} holds rows of {held} numbers for {name}, the model's have {store.width}.")

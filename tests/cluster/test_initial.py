@@ -50,6 +50,8 @@ def test_a_line_says_what_becomes_of_the_run(child: Config, tmp_path: Path) -> N
     start = f"init  {tmp_path}/parent at step 12"
     assert check_start([child]) == f"{start}; new trees of depth 3: down"
     assert check_start([changed(child, model__tree__layers=["up"])]) == start
+    deeper = changed(child, model__tree__depth=5, model__tree__layers=["up"])
+    assert check_start([deeper]) == f"{start}; trees of depth 3 become 5 deep: up"
     other = changed(child, model__halting__kind="fixed", model__tree__layers=["up"])
     assert check_start([other]) == f"{start}; it halts otherwise (fixed, was act), so figures will differ"
 

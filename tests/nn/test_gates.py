@@ -171,3 +171,12 @@ def test_thresholds_follow_a_slow_drift_whatever_the_precision_of_the_model(dtyp
     for mean_of_step in [1.0] + [1.1] * 200:
         gate.commit(torch.tensor([mean_of_step, mean_of_step, mean_of_step, 1.0], dtype=torch.float64))
     assert gate.running_mean.tolist() == pytest.approx([1.1 - 0.1 * MOMENTUM**200] * 3, rel=1e-4)  # 200 roundings in float32
+
+
+def test_a_bit_that_a_tree_was_given_later_begins_with_the_mean_of_its_first_commit() -> None:
+    gate, means = Gate(5, 3, "linear"), torch.tensor([3.0, 5.0, 7.0])
+    gate.num_commits += 100
+    gate.running_mean[:2] = torch.tensor([1.0, 2.0])
+    for expected in ([1.02, 2.03, 7.0], [1.02 + 0.0198, 2.03 + 0.0297, 7.0]):
+        gate.commit(torch.cat([4 * means.double(), torch.tensor([4.0]).double()]))
+        torch.testing.assert_close(gate.running_mean, torch.tensor(expected))

@@ -140,6 +140,66 @@ def test_dense_nodes_are_copied_too(parents: dict[str, Config]) -> None:
     assert torch.equal(answers(fresh(config), config), answers(open_run(path_of(parent)).learner, parent))  # the same tree
 
 
+DEEPER: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"storage": "lazy", "num_trees": 2}, {"depth": 5}),
+    ({"storage": "dense", "num_trees": 2}, {"depth": 5}),
+    ({"storage": "lazy", "full_depth": None}, {"depth": 5, "full_depth": 3, "rank": 1}),
+    ({"storage": "dense", "full_depth": None}, {"depth": 5, "full_depth": 4, "rank": 1}),
+    ({"storage": "dense", "full_depth": None, "gate": "sign"}, {"depth": 4}),
+    ({"storage": "lazy", "gate": "hash", "min_visits": 2}, {"depth": 40, "storage": "host"}),
+]
+
+
+@pytest.mark.parametrize(("tree", "deeper"), DEEPER)
+def test_a_tree_gets_levels_of_zeros_below_those_it_has(
+    tree: dict[str, Any], deeper: dict[str, Any], parents: dict[str, Config]
+) -> None:
+    options = {f"model__tree__{key}": value for key, value in tree.items()}
+    parent = trained(child(parents["mlp"], run__name="-".join(map(str, tree.values())), **{**TREE, **options}))
+    config = child(parent, **{f"model__tree__{key}": value for key, value in deeper.items()})
+    check_suits(parent, config, source_of(RunFolder(path_of(parent)))[0])
+    learner, old = fresh(config), open_run(path_of(parent)).learner
+    torch.testing.assert_close(answers(learner, config), answers(old, parent), **ROUNDING)
+    layer, before = (trees(model).popitem()[1] for model in (learner, old))
+    assert layer.gate is not None and before.gate is not None
+    assert any(before.node_weight(node, each).any() for each in range(layer.num_trees) for node in range(7, 15))
+    for each in range(layer.num_trees):
+        for node in range(15):
+            assert torch.equal(layer.node_weight(node, each), before.node_weight(node, each))
+            assert torch.equal(layer.node_bias(node, each), before.node_bias(node, each))
+        assert not any(layer.node_weight(node, each).any() for node in range(15, 31))
+    x = torch.randn(50, layer.in_features, generator=torch.Generator().manual_seed(0))
+    gates, expected = layer.gates(x), before.gates(x)
+    torch.testing.assert_close(gates[..., :3], expected, **ROUNDING)
+    assert len(torch.unique(gates[..., 3:] > 0)) == 2  # and the new bits are bits
+    assert layer.storage == "dense" or layer.num_materialized == before.num_materialized
+
+
+def test_a_run_that_gets_deeper_begins_where_the_old_one_ended_and_fills_its_levels(forest: Config) -> None:
+    config = child(forest, run__name="deeper", model__tree__depth=5, cluster__num_workers=1, checkpoint__keep_last=4)
+    train_run(config)
+    rows = metric_rows(path_of(config))
+    last = [row for row in metric_rows(path_of(forest)) if "val/bpb" in row][-1]
+    assert rows[0] == pytest.approx({**last, "step": 0}, rel=1e-6)
+    save_config(config, folder_of(config).config_file)
+    first, end = (trees(open_run(path_of(config), step).learner)["up"] for step in (2, 4))
+    assert first.gate is not None and end.gate is not None and end.table is not None
+    assert first.gate.running_mean.all()
+    assert int(end.table.low.keys.max()) >= 2**5 - 1 and end.effective_weight(0)[0].isfinite().all()
+    assert any(end.node_weight(node).any() for node in range(2**5 - 1, 2**6 - 1))
+
+
+@pytest.mark.thorough
+def test_ranks_decide_nothing_where_a_tree_gets_deeper(forest: Config) -> None:
+    losses = []
+    for workers in (1, 2):
+        config = child(forest, run__name=f"deeper{workers}", model__tree__depth=5, cluster__num_workers=workers)
+        train_run(config)
+        losses.append([row["train/loss"] for row in metric_rows(path_of(config)) if "train/loss" in row])
+    # 1e-5: as below
+    assert all(math.isclose(one, two, rel_tol=1e-5) for one, two in zip(*losses, strict=True)) and len(losses[0]) == 4
+
+
 @pytest.mark.parametrize("kind", ["none", "fixed", "ponder"])
 def test_under_another_halting_all_but_its_units_is_the_parents(kind: str, parents: dict[str, Config]) -> None:
     config = child(parents["rnn"], model__halting__kind=kind, **TREE)
@@ -220,7 +280,14 @@ def test_ranks_and_stages_decide_nothing(name: str, stage: int, parents: dict[st
         ("rnn", {"data__name": "logic"}, "was trained on data=parity, whose examples or vocabulary are not those of data=logic"),
         ("rnn", {"data__num_bits": 9}, "was trained on data=parity, .* use the data of that run"),
         ("transformer", {"model__heads": 1}, r"model.heads=1 \(was 2\)"),
-        ("forest", {"model__tree__depth": 4}, r"model.tree.depth=4 \(was 3\)"),
+        (
+            "forest",
+            {"model__tree__depth": 2},
+            "has trees of model.tree.depth=3, which can only get deeper, not 2; give .*=3 or more",
+        ),
+        ("forest", {"model__tree__depth": 4, "model__tree__full_depth": 2}, r"model.tree.full_depth=2 \(was 1\)"),
+        ("forest", {"model__tree__depth": 4, "model__tree__rank": 3}, r"model.tree.rank=3 \(was 2\)"),
+        ("forest", {"model__tree__depth": 4, "model__tree__num_trees": 2}, r"model.tree.num_trees=2 \(was 1\)"),
         ("forest", {"model__tree__rank": 3}, r"model.tree.rank=3 \(was 2\)"),
         ("forest", {"model__tree__gate": "hash"}, r"model.tree.gate=hash \(was linear\)"),
         ("forest", {"model__tree__storage": "dense"}, r"model.tree.storage=dense \(was lazy or host\)"),
@@ -237,10 +304,19 @@ def test_what_does_not_suit_is_refused_in_a_line(
     assert "\n" not in str(refused.value)
 
 
+def test_several_trees_of_sign_gates_cannot_get_deeper_for_each_takes_the_inputs_after_another(forest: Config) -> None:
+    parent = changed(forest, model__tree__gate="sign", model__tree__num_trees=2)
+    with pytest.raises(RunError, match=r"model.tree.depth=4 \(was 3\)"):
+        check_suits(parent, child(parent, model__tree__depth=4), Path())
+    single = changed(parent, model__tree__num_trees=1)
+    check_suits(single, child(single, model__tree__depth=4), Path())
+
+
 def test_what_needs_no_other_parameters_may_differ(forest: Config, parents: dict[str, Config]) -> None:
     check_suits(forest, child(forest, model__tree__gate_gradient="flip", model__tree__storage="host"), Path())
     check_suits(forest, child(forest, model__tree__max_nodes=5, optim__lr=1.0, seed=3, model__halting__kind="none"), Path())
     check_suits(parents["rnn"], child(parents["rnn"], **TREE, model__tree__num_trees=4), Path())
+    check_suits(forest, child(forest, model__tree__depth=40), Path())
     other_text = child(parents["transformer"], data__name="stdlib", data__files=[], data__context=32)
     check_suits(parents["transformer"], other_text, Path())
 
