@@ -19,6 +19,7 @@ from distcond.data.batch import Batch
 from distcond.data.batches import LocalFeeder
 from distcond.errors import RunError
 from distcond.train.checkpoint import newest_checkpoint, read_state
+from distcond.train.sealer import wait_for_orphans
 from distcond.train.sealing import prune
 from tests.helpers import asked_for, changed, folder_of, metric_rows, run_ranks, small_config, text_config, train_here, train_run
 from tests.train.traces import rows_by_node
@@ -101,6 +102,7 @@ def resumed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     ]
     assert run_ranks(train_and_crash, 2, pairs) == [["the cable is out"] * len(pairs)] * 2
     for folder in folders.values():
+        wait_for_orphans(folder / "broken/checkpoints")
         assert (folder / "broken/checkpoints/latest").read_text() == "step_00000002\n"
     run_ranks(train_all, 2, [broken for _, broken in pairs])
     return folders
