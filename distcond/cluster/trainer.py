@@ -23,7 +23,7 @@ from distcond.cluster.host import LOOPBACK, data_identity, this_host
 from distcond.cluster.initial import check_start
 from distcond.cluster.local import preflight, ray_session
 from distcond.cluster.notes import passed_on
-from distcond.cluster.policy import ask_of, culprits, failure_line, threads_per_worker
+from distcond.cluster.policy import LESS_MEMORY, OUT_OF_MEMORY, ask_of, culprits, failure_line, threads_per_worker
 from distcond.cluster.progress import Progress, Tail, duration
 from distcond.compose import load_config, override, save_config, to_dict
 from distcond.config import Config
@@ -133,7 +133,7 @@ def fit(
 def _follow(job: "Job", folder: RunFolder, outcome: Any, wait_for: Callable[[str], None]) -> dict[str, Any]:
     """Wait for the end. A request to stop that comes before training has begun has nothing to save."""
     import ray
-    from ray.exceptions import RayError
+    from ray.exceptions import OutOfMemoryError, RayError
 
     is_training = False
     while not ray.wait([outcome], timeout=POLL_INTERVAL_S)[0]:
@@ -145,6 +145,9 @@ def _follow(job: "Job", folder: RunFolder, outcome: Any, wait_for: Callable[[str
             return {**before, "stopped": True}
     try:
         end = ray.get(outcome)
+    except OutOfMemoryError as error:
+        what = "the process that watches the workers: its node is full, so that Ray ended it"
+        raise TrainingError(f"{OUT_OF_MEMORY}: {what}; {LESS_MEMORY}; see {folder.logs}.") from error
     except RayError as error:
         raise TrainingError(f"the process that watches the workers failed; see {folder.logs}.") from error
     if end.last_word is not None:

@@ -109,12 +109,12 @@ def processes_of(actor: str, processes: Iterable[psutil.Process]) -> list[psutil
 class Command:
     """`distcond train` as a process of its own, in a group of its own as a terminal would start it."""
 
-    def __init__(self, folder: Path, *words: str) -> None:
+    def __init__(self, folder: Path, *words: str, **environment: str) -> None:
         self.folder = folder
         self.process = psutil.Popen(
             [sys.executable, "-u", "-m", "distcond", "train", *words],
             cwd=folder,
-            env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | SLOW_START,
+            env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | SLOW_START | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -187,6 +187,33 @@ def test_a_batch_that_memory_cannot_hold_is_told_in_a_line_and_not_tried_for_eve
     assert len((path / "logs" / "restarts.log").read_text().splitlines()) == 1
 
 
+def full_beyond(num_bytes: int) -> dict[str, str]:
+    """Environment of a Ray that takes its node for full once so many bytes are in use, and then ends what is largest."""
+    share = num_bytes / psutil.virtual_memory().total
+    return {"RAY_memory_usage_threshold": f"{share:.4f}", "RAY_memory_monitor_refresh_ms": "100"}
+
+
+@pytest.mark.slow  # a minute and some GB
+def test_a_worker_that_ray_ends_for_want_of_memory_is_told_in_a_line_and_tried_once_more(tmp_path: Path) -> None:
+    memory = psutil.virtual_memory()
+    settings = ["run.name=run", "tracking.mode=disabled", "train.max_steps=5", "data.global_batch_size=4096"]  # some GB a worker
+    command = Command(tmp_path, *settings, **full_beyond(memory.total - memory.available + 3 * 2**30))
+    status, errors = command.end(left_s=10)
+    assert status == 1, command.lines
+    assert re.match(r"distcond: failed: worker \d(, \d)? ran out of memory: its node is full, so that Ray ended it; ", errors)
+    assert LESS_MEMORY in errors and errors.count("\n") == 1
+    assert len((tmp_path / "runs/run/logs/restarts.log").read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_node_that_is_full_before_anything_runs_is_told_in_a_line(tmp_path: Path) -> None:
+    command = Command(tmp_path, "run.name=run", "tracking.mode=disabled", "train.max_steps=5", **full_beyond(1))
+    status, errors = command.end(left_s=10)
+    assert status == 1, command.lines
+    assert errors.startswith("distcond: failed: ran out of memory: the process that watches the workers: its node is full, ")
+    assert LESS_MEMORY in errors and errors.count("\n") == 1
+
+
 @pytest.mark.slow  # a start of Ray or two; what it rests on is tested more cheaply, too
 def test_a_fork_is_told_in_a_line_and_what_it_cannot_load_in_another(undisturbed: Path, tmp_path: Path) -> None:
     shutil.copytree(undisturbed, tmp_path / "run")
