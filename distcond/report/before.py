@@ -16,7 +16,7 @@ from distcond.report.tables import Table
 from distcond.report.verdict import difference, interval_text, quality_text, quality_unit, signed_quality
 from distcond.report.words import large, plural, show
 from distcond.train.fits import cost_of
-from distcond.train.grow import becomes, changes_function
+from distcond.train.grow import becomes, changes_function, deepens
 from distcond.train.run_folder import RunFolder, parent_of
 
 ROUNDING = 1e-4
@@ -60,10 +60,14 @@ def _folder(run: RunFacts) -> RunFolder | None:
 
 
 def _origin(run: RunFacts, parent: RunFacts) -> str:
-    grown = becomes(parent.config, run.config)
-    depth = run.config.model.tree.depth
-    made = f"{', '.join(grown)} became {'trees' if len(grown) > 1 else 'a tree'} of depth {depth}" if grown else "no new trees"
-    return f"It started from the weights of {parent.name} ({parent.folder.path}) at step {parent.step:,}; {made}."
+    was, depth = parent.config.model.tree.depth, run.config.model.tree.depth
+    made = []
+    if grown := becomes(parent.config, run.config):
+        made.append(f"{', '.join(grown)} became {'trees' if len(grown) > 1 else 'a tree'} of depth {depth}")
+    if deeper := deepens(parent.config, run.config):
+        made.append(f"{', '.join(deeper)} became {depth} levels deep, from {was}")
+    told = " and ".join(made) or "no new trees"
+    return f"It started from the weights of {parent.name} ({parent.folder.path}) at step {parent.step:,}; {told}."
 
 
 def _first_row(run: RunFacts, parent: RunFacts) -> str:

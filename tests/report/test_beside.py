@@ -60,6 +60,13 @@ def test_a_grown_run_stands_beside_its_parent(family: Path, tmp_path: Path) -> N
     assert growth(parent) is None and 'id="before"' not in report([family / "dense"], tmp_path / "dense.html").read_text()
 
 
+def test_a_tree_that_got_further_levels_is_told(family: Path) -> None:
+    run = read_run(family / "grown")
+    deeper = changed(run.config, train__init_from=str(family / "grown"), model__tree__depth=5)
+    found = growth(replace(run, config=deeper, origin_step=run.step))
+    assert found is not None and found.sentences[0].endswith("; up became 5 levels deep, from 3.")
+
+
 def test_a_parent_that_moved_with_the_run_is_found_and_one_that_is_gone_is_named(copied: Path) -> None:
     found = growth(read_run(copied / "grown"))
     assert found is not None and found.table is not None and str(copied / "dense") in found.sentences[0]
