@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,11 +57,20 @@ def check_values(values: Any) -> None:
                 f"{key} holds a password, key or token, which config.yaml, wandb and a cluster's jobs would show; "
                 "give it by an environment variable or ~/.netrc.",
             )
+            need(_is_text(value), f"{key}={value[:MAX_NAME]!r} is no text: it holds a NUL, or half of a character.")
             need(key not in PATHS or _is_path(value), f"{key}={value[:MAX_NAME]!r} is too long for a folder, or no plain text.")
         elif isinstance(value, float):
             need(math.isfinite(value), f"{key}={value}: needed is a finite number.")
         elif isinstance(value, int):
             need(abs(value) < 2**63, f"{key} is a number of {value.bit_length()} bits; needed is one below 2**63.")
+
+
+def _is_text(text: str) -> bool:
+    """Whether files can be named so: any system call refuses a NUL, and what is no character and no byte of a name."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_path(text: str) -> bool:

@@ -198,11 +198,20 @@ def test_other_users_of_omegaconf_keep_their_functions() -> None:
     assert node.a == os.environ["PLANTED_VALUE"]
 
 
+@pytest.mark.parametrize("key", ["data.tokenizer", "data.path", "data.files", "tracking.group"])
+@pytest.mark.parametrize("text", ["a\0b", "\ud800"], ids=["NUL", "half"])
+def test_what_no_file_can_be_named_is_refused(key: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key}.* is no text: it holds a NUL, or half of a character\.$"):
+        override(Config(), {key: [text] if key == "data.files" else text})
+    assert override(Config(), {"data.tokenizer": "\udcff"})  # a byte of a name, as Python tells it
+
+
 @pytest.mark.parametrize("key", PATHS)
 @pytest.mark.parametrize("text", ["x" * 201, "x/" * 2000, "a\0b", "a\nb", "\udcff"], ids=["name", "path", "NUL", "line", "byte"])
 def test_a_folder_that_cannot_be_made_is_refused(key: str, text: str) -> None:
     if key.endswith("name"):
         text = text.replace("/", "x")
-    with pytest.raises(ConfigError, match=rf"^{key}=.* is too long for a folder, or no plain text\.$"):
+    reason = "no text: it holds a NUL, or half of a character" if "\0" in text else "too long for a folder, or no plain text"
+    with pytest.raises(ConfigError, match=rf"^{key}=.* is {reason}\.$"):
         override(Config(), {key: text})
     assert override(Config(), {key: "é" * 100})
