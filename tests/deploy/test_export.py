@@ -177,6 +177,7 @@ def test_the_card_says_what_the_model_is_and_what_it_lost(exported: Path, text_r
     assert len({file.stat().st_mode for file in exported.iterdir()}) == 1
 
 
+@pytest.mark.thorough
 def test_what_a_killed_export_left_is_removed_by_the_next_one_beside_it(text_run: Config, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "distcond", "export", path_of(text_run), "--out", str(tmp_path / "model")]
     process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)

@@ -415,6 +415,7 @@ def train_without_room(config: Config) -> None:
     train_here(config)
 
 
+@pytest.mark.thorough
 def test_checkpoints_are_the_same_where_there_is_no_memory_for_a_copy(straight: Config, tmp_path: Path) -> None:
     run_ranks(train_without_room, 2, changed(straight, run__dir=str(tmp_path)))
     for step in ("step_00000004", "step_00000005"):

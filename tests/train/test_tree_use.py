@@ -70,6 +70,7 @@ def test_each_validation_tells_the_tokens_since_the_last_one_and_the_norms_of_al
         check_norms(config, line["step"], line["layers"])
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_tells_each_validation_once_and_no_samples_mean_no_trees(tmp_path: Path) -> None:
     for steps in (2, 4):
         config = small_config(tmp_path, train__max_steps=steps)
