@@ -131,7 +131,7 @@ class TreeLinear(nn.Module):
             if not _is_recomputing():
                 self._nonfinite = self._nonfinite + count_nonfinite(gates_TMK.flatten(1))
             leaf_V = tree_leaf(gates_TMK)
-            nodes = self._parameters_of_nodes() if self.table is None else (anchor(x_TQ),)
+            nodes = self.node_parameters() if self.table is None else (anchor(x_TQ),)
             learns = torch.is_grad_enabled() and gates_TMK.requires_grad
             flips = flip_levels(self.gate_gradient, self.depth, self._turn()) if learns else []
             own, apart = (flips, []) if flips and takes_flips(self, x_TQ, nodes) else ([], flips)
@@ -250,13 +250,14 @@ class TreeLinear(nn.Module):
 
     # ---- nodes -------------------------------------------------------------------------------------------------------
 
-    def _parameters_of_nodes(self) -> tuple[Tensor, ...]:
+    def node_parameters(self) -> tuple[Tensor, ...]:
+        """Weight, bias, right and left of all nodes where they are parameters (dense storage); none where a table holds them."""
         return () if self.table is not None else (self.weight, self.bias, self.right, self.left)
 
     def _node(self, node_id: int, tree: int = 0) -> tuple[Tensor, Tensor]:
         level = (node_id + 1).bit_length() - 1
         key = first_node(level, self.num_trees) + (tree << level) + node_id - first_node(level)
-        return dense_node(key, self.node_tensors(self._parameters_of_nodes()), self.layout, self.table)
+        return dense_node(key, self.node_tensors(self.node_parameters()), self.layout, self.table)
 
     def node_tensors(self, parameters: tuple[Tensor, ...]) -> NodeTensors:
         """The stored nodes as matrices, from the table or from the given parameters."""

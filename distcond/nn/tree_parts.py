@@ -76,7 +76,7 @@ def _low_rank_norm(left_NrP: Tensor, right_NrQ: Tensor) -> Tensor:
 
 
 def _matrices(layer: TreeLinear) -> NodeTensors:
-    return layer.node_tensors(() if layer.table is not None else (layer.weight, layer.bias, layer.right, layer.left))
+    return layer.node_tensors(layer.node_parameters())
 
 
 def _products(layer: TreeLinear, nodes: NodeTensors, keys_TM: Tensor, x_TQ: Tensor, *, is_full: bool) -> tuple[Tensor, Tensor]:

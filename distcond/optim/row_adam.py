@@ -106,14 +106,14 @@ class RowAdam:
             table.forget_new()
         for layer in self.layers:
             layer.take_touched()
-            for parameter in _node_parameters(layer):
+            for parameter in layer.node_parameters():
                 parameter.grad = None
 
     def _step_dense(self, layer: TreeLinear) -> None:
         touched = layer.take_touched()
         first_low = layer.layout.num_full_ids
         full, low = touched[touched < first_low], touched[touched >= first_low] - first_low
-        for parameter, rows_G in zip(_node_parameters(layer), (full, full, low, low), strict=True):
+        for parameter, rows_G in zip(layer.node_parameters(), (full, full, low, low), strict=True):
             if parameter.grad is None or not parameter.numel():
                 continue
             state = self._dense_state.setdefault(parameter, {})
@@ -218,7 +218,3 @@ def _existing_rows(store: RowStore, keys_G: Tensor, grad_GW: Tensor) -> tuple[Ro
     rows_G = store.find(keys_G)
     mask_G = rows_G >= 0
     return (store, rows_G, grad_GW) if bool(mask_G.all()) else (store, rows_G[mask_G], grad_GW[mask_G])
-
-
-def _node_parameters(layer: TreeLinear) -> tuple[Tensor, ...]:
-    return () if layer.table is not None else (layer.weight, layer.bias, layer.right, layer.left)
