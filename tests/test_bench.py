@@ -22,7 +22,7 @@ from distcond.bench.report import Row
 from distcond.bench.rivals import against
 from distcond.bench.rivals.layers import DEEPSPEED_MOE
 from distcond.bench.timing import Machine, Place, time_beside_limits, time_in_turn
-from distcond.bench.tree import RIVALS, Case, prepared_layer, work_of
+from distcond.bench.tree import RIVALS, Case, parts_of, prepared_layer, work_of
 from distcond.nn import TreeLinear
 from distcond.table import NodeTable, SubtreePlan
 from tests.helpers import run_ranks
@@ -64,9 +64,13 @@ def test_work_of_a_tree_counts_each_touched_node_once() -> None:
     layer, x = prepared_layer(case)
     leaves = set(layer.leaf(x).flatten().tolist())
     full, low = 1 + len({leaf >> 1 for leaf in leaves}), len(leaves)
-    flops, traffic = work_of(case, layer, x)
-    assert traffic == 2 * 4 * (full * (4 * 4 + 4) + low * (2 * (4 + 4) + 4))  # read weights, write gradients; fp32
+    parts = parts_of(case, layer, x)
+    flops, traffic = work_of(parts)
+    full_bytes, low_bytes, vectors = 4 * full * (4 * 4 + 4), 4 * low * (2 * (4 + 4) + 4), 4 * 3 * 4  # fp32
+    assert traffic == 2 * (full_bytes + low_bytes)  # read weights, write gradients
     assert flops == 2 * 3 * (3 * (4 * 4 + 2 * (4 + 4)) + 2 * 4)
+    passes = [of_kind * count for of_kind in (full_bytes, low_bytes) for count in (1, 2)]  # backward reads and writes
+    assert [part.traffic for part in parts] == [size + count * vectors for size, count in zip(passes, [2, 3, 2, 3], strict=True)]
     assert layer.num_materialized == full + low
 
 

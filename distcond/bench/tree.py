@@ -20,7 +20,7 @@ from distcond.bench.rivals.layers import (
     against_mixtral,
 )
 from distcond.bench.timing import CPU, Place, places, time_beside_limits
-from distcond.bench.work import passes, zipf
+from distcond.bench.work import grown, passes, zipf
 from distcond.nn import TreeLinear
 from distcond.ops import TreePath
 
@@ -70,8 +70,12 @@ def _row(case: Case, place: Place) -> Row:
     torch.manual_seed(0)
     layer, x = prepared_layer(case, place)
     dense, grad = nn.Linear(case.width, case.width).to(place.device, place.dtype), torch.randn_like(x)
-    times, machine = time_beside_limits({"tree": passes(layer, x, grad), "dense": passes(dense, x, grad)}, place)
-    floor = machine.floor_ms(*work_of(case, layer, x))
+    one = x[:1].detach().requires_grad_()
+    timed = {"tree": passes(layer, x, grad), "dense": passes(dense, x, grad), "calls": passes(dense, one, grad[:1])}
+    times, machine = time_beside_limits(timed, place)
+    parts = parts_of(case, layer, x)
+    floor = machine.floor_ms(*work_of(parts))
+    floor_of_parts = times["calls"].median + sum(machine.floor_ms(part.flops, part.traffic) for part in parts)
     return {
         "device": place.device.type,
         "dtype": str(place.dtype).removeprefix("torch."),
@@ -87,6 +91,7 @@ def _row(case: Case, place: Place) -> Row:
         "to": times["tree"].high,
         "floor ms": floor,
         "time / floor": times["tree"].median / floor,
+        "time / parts": times["tree"].median / floor_of_parts,
         "time / dense": times["tree"].median / times["dense"].median,
     }
 
@@ -99,21 +104,49 @@ def prepared_layer(case: Case, place: Place = CPU) -> tuple[TreeLinear, Tensor]:
     if case.leaves == "zipf":  # some tokens come again, and with them their leaves
         x = x[torch.multinomial(zipf(case.tokens), case.tokens, replacement=True)].contiguous()
     x = x.to(place.device, place.dtype).requires_grad_()
-    layer(x).sum().backward()
-    layer.eval()
-    return layer, x
+    return grown(layer, x).eval(), x
 
 
-def work_of(case: Case, layer: TreeLinear, x: Tensor) -> tuple[float, float]:
-    """FLOPs and bytes that forward and backward cannot do without.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one pass through the levels of one kind cannot do without."""
+
+    flops: float
+    weights: float
+    "Bytes of the touched nodes that are read, and of their gradients that are written."
+    again: float
+    "Bytes of nodes that an earlier part has read, and of tokens and their gradients."
+
+    @property
+    def traffic(self) -> float:
+        """All bytes."""
+        return self.weights + self.again
+
+
+def work_of(parts: list[Part]) -> tuple[float, float]:
+    """FLOPs and bytes that forward and backward cannot do without, if all could be done at once.
 
     FLOPs: three products of each token with one full matrix (the levels added up) and with its low-rank factors, and the
     gates. Bytes: each touched node read once, its gradient written once.
     """
+    return sum(part.flops for part in parts), sum(part.weights for part in parts)
+
+
+def parts_of(case: Case, layer: TreeLinear, x: Tensor) -> list[Part]:
+    """Forward and backward, of full and of low-rank levels: one begins when the one before has ended.
+
+    Arithmetic and traffic may overlap in each, but backward has to read the nodes again, and tokens pass, too.
+    """
     path = TreePath.of(layer.leaf(x)[:, 0], case.depth)
     touched = [len(level.nodes_G) for level in path.levels]
     full, low = sum(touched[: case.full_depth + 1]), sum(touched[case.full_depth + 1 :])
-    numbers = full * case.width * (case.width + 1) + low * (2 * case.rank * case.width + case.width)
-    macs = case.width**2 + (case.depth - case.full_depth) * 2 * case.rank * case.width
-    flops = 2 * case.tokens * (3 * macs + case.depth * case.width)
-    return float(flops), 8.0 * numbers
+    factors = (case.depth - case.full_depth) * 2 * case.rank * case.width
+    parts = []
+    for macs, gates, numbers in (
+        (case.width**2, case.depth * case.width, full * case.width * (case.width + 1)),
+        (factors, 0, low * (2 * case.rank * case.width + case.width)),
+    ):
+        vectors = 4.0 * case.tokens * case.width * bool(numbers)
+        parts.append(Part(2.0 * case.tokens * (macs + gates), 4.0 * numbers, 2 * vectors))
+        parts.append(Part(4.0 * case.tokens * macs, 4.0 * numbers, 4.0 * numbers + 3 * vectors))
+    return parts

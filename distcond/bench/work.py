@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from distcond.nn import TreeLinear
 from distcond.optim import RowAdam
 
 ZIPF = 1.1
@@ -22,6 +23,14 @@ def passes(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
         rows.zero_grad()
 
     return step
+
+
+def grown(layer: TreeLinear, x: Tensor) -> TreeLinear:
+    """A layer with every node that these tokens pass; under a plan, a collective call. The next `RowAdam` keeps them."""
+    layer(x).sum().backward()
+    x.grad = None
+    layer.zero_grad()
+    return layer
 
 
 def zipf(number: int) -> Tensor:

@@ -1,7 +1,12 @@
-"""Layers that send each token to one of many weights, beside a tree of the same width and number of leaves."""
+"""Layers that send each token to one of many weights, beside trees of the same width and number of leaves: one of full matrices
+alone, and one whose levels below the fourth are of low rank.
+
+Every node that the tokens pass exists before a clock starts, as every expert does.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,13 +14,15 @@ from torch import Tensor, nn
 from distcond.bench.ranks import on_ranks
 from distcond.bench.report import Row
 from distcond.bench.timing import Timing, time_in_turn
-from distcond.bench.work import passes
+from distcond.bench.work import grown, passes
 from distcond.nn import TreeLinear
 from distcond.optim import RowAdam
 from distcond.table import Collective, SubtreePlan
 
 GATE_GRADIENT = "sampled"
 "The tree's gates learn, as its rivals' do; of the ways to, the one that costs one product a step."
+LOW_RANK: dict[str, Any] = {"full_depth": 4, "rank": 4}
+"Of the second tree."
 LR = 1e-5
 "Of all updates: small, so that the last round routes as the first one did."
 
@@ -123,11 +130,10 @@ def against_fast_feedforward(quick: bool) -> Iterator[Row]:
 def _against(name: str, make: Callable[[Shape], nn.Module], shapes: Sequence[Shape]) -> Iterator[Row]:
     for shape in shapes:
         torch.manual_seed(0)
-        rival, tree = make(shape), _tree(shape)
         x, grad = torch.randn(shape.tokens, shape.width, requires_grad=True), torch.randn(shape.tokens, shape.width)
+        layers = {"rival": make(shape)} | {tree: grown(layer, x) for tree, layer in _trees(shape).items()}
         for what, step in (("forward, backward", passes), ("forward, backward, update", _update)):
-            times = time_in_turn({"rival": step(rival, x, grad), "tree": step(tree, x, grad)})
-            yield _row(name, shape, 1, what, times)
+            yield _row(name, shape, 1, what, time_in_turn({key: step(layer, x, grad) for key, layer in layers.items()}))
 
 
 def _row(name: str, shape: Shape, num_ranks: int, passes: str, times: dict[str, Timing]) -> Row:
@@ -144,11 +150,18 @@ def _row(name: str, shape: Shape, num_ranks: int, passes: str, times: dict[str, 
         "to": times["rival"].high,
         "tree ms": times["tree"].median,
         "rival / tree": times["rival"].median / times["tree"].median,
+        "low-rank tree ms": times["low-rank tree"].median,
+        "rival / low-rank tree": times["rival"].median / times["low-rank tree"].median,
     }
 
 
-def _tree(shape: Shape) -> TreeLinear:
-    return TreeLinear(shape.width, shape.width, shape.depth, gate_gradient=GATE_GRADIENT, storage="lazy")
+def _trees(shape: Shape) -> dict[str, TreeLinear]:
+    sizes = (shape.width, shape.width, shape.depth)
+    low = {} if shape.depth <= LOW_RANK["full_depth"] else LOW_RANK
+    return {
+        name: TreeLinear(*sizes, gate_gradient=GATE_GRADIENT, storage="lazy", **options)
+        for name, options in (("tree", {}), ("low-rank tree", low))
+    }
 
 
 def _update(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
@@ -170,8 +183,10 @@ def time_on_two_ranks(shape: Shape) -> dict[str, Timing]:
     """Forward and backward of both layers, sharded over the ranks of the group: a rank's work."""
     torch.manual_seed(0)
     collective = Collective()
-    rival, tree = DeepSpeedMoE(shape, collective.size), _tree(shape)
-    tree.shard(SubtreePlan.make(shape.depth, collective.size), collective)
+    rival, trees = DeepSpeedMoE(shape, collective.size), _trees(shape)
     torch.manual_seed(1 + collective.rank)
     x, grad = torch.randn(shape.tokens, shape.width, requires_grad=True), torch.randn(shape.tokens, shape.width)
-    return time_in_turn({"rival": passes(rival, x, grad), "tree": passes(tree, x, grad)})
+    for tree in trees.values():
+        tree.shard(SubtreePlan.make(shape.depth, collective.size), collective)
+        grown(tree, x)
+    return time_in_turn({name: passes(layer, x, grad) for name, layer in ({"rival": rival} | trees).items()})
