@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distcond.nn.tree import TreeLinear
 from distcond.nn.tree_input import as_rows
 from distcond.nn.tree_product import full_precision
-from distcond.ops import leaf_index
+from distcond.ops import leaf_product, tree_leaf, tree_path
 
 MOST_LEAVES = 2**20
 "Leaves of all trees that are folded without being chosen."
@@ -90,19 +90,14 @@ class FlatTree(nn.Module):
     def _many(self, x_TQ: Tensor) -> Tensor:
         """Pairs of token and tree sorted by leaf, one product a leaf; those of leaves that are not folded come last."""
         gates = nn.functional.linear(x_TQ.to(self.planes.dtype), self.planes, -self.thresholds)
-        leaf_TM = leaf_index(gates.view(len(x_TQ), self.num_trees, self.depth) > 0)
-        leaf_V = (leaf_TM + (torch.arange(self.num_trees, device=leaf_TM.device) << self.depth)).flatten()
-        slot_V, order_V = torch.sort(leaf_V if self.rest is None else self._slots(leaf_V), stable=True)
-        slot_G, count_G = torch.unique_consecutive(slot_V, return_counts=True)
-        x_TQ, sizes = x_TQ.to(self.weight.dtype), count_G.tolist()
-        sorted_VQ = x_TQ.index_select(0, order_V if self.num_trees == 1 else order_V // self.num_trees)
-        out_VP = sorted_VQ.new_empty(len(order_V), self.bias.shape[1])
-        for slot, x, out in zip(slot_G.tolist(), sorted_VQ.split(sizes), out_VP.split(sizes), strict=True):
-            if slot < len(self.leaf):
-                torch.addmm(self.bias[slot], x, self.weight[slot], out=out)
-            else:
-                out.copy_(self._others(x_TQ, order_V[-len(out) :]))
-        return torch.empty_like(out_VP).index_copy_(0, order_V, out_VP).view(-1, self.out_features)
+        leaf_V = tree_leaf(gates.view(len(x_TQ), self.num_trees, self.depth))
+        path = tree_path(leaf_V if self.rest is None else self._slots(leaf_V), 0, len(self.leaf) + 1)
+        y_VP = leaf_product(x_TQ.to(self.weight.dtype), path, self.weight, self.bias)
+        slots, counts = path.last_level()
+        if self.rest is not None and len(slots) and int(slots[-1]) == len(self.leaf):
+            others_V = path.order_T[-int(counts[-1]) :]
+            y_VP[others_V] = self._others(x_TQ.to(self.weight.dtype), others_V)
+        return y_VP.view(-1, self.out_features)
 
     def _slots(self, leaf_V: Tensor) -> Tensor:
         """Place of each leaf among those that are folded, int64 [V]; L where it is not."""

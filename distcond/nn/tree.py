@@ -16,12 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distcond.nn.gate_gradients import flip_levels, learn_from_flips, product_levels, soft_bits
 from distcond.nn.gates import Gate
-from distcond.nn.tree_input import as_rows, count_nonfinite
+from distcond.nn.tree_input import as_rows
 from distcond.nn.tree_nodes import add_parameters, dense_node
 from distcond.nn.tree_options import check_growth, check_options
-from distcond.nn.tree_product import TreeProduct, anchor, full_precision, takes_flips
+from distcond.nn.tree_product import ANCHOR, TreeProduct, full_precision, takes_flips
 from distcond.nn.tree_state import load_rows, move_rows, row_names, save_rows
-from distcond.ops import NodeTensors, TreePath, first_node, leaf_index, tree_leaf
+from distcond.ops import NodeTensors, TreePath, count_nonfinite, first_node, leaf_index, tree_leaf
 from distcond.table import Collective, Growth, NodeTable, SubtreeLoads, SubtreePlan, Visits
 
 
@@ -92,7 +92,7 @@ class TreeLinear(nn.Module):
         self._backward_seen = False
         self._touched: list[Tensor] = []
         self._leaf_loads: list[Visits] = []
-        self._nonfinite = torch.zeros((), dtype=torch.int64)
+        self._nonfinite: Tensor | int = 0
         self.layout = NodeTable(
             in_features,
             out_features // num_trees,
@@ -129,9 +129,9 @@ class TreeLinear(nn.Module):
         with full_precision(x):  # bits and rows are fp32 whatever the model computes in
             gates_TMK = self._gates(x_TQ)
             if not _is_recomputing():
-                self._nonfinite = self._nonfinite + count_nonfinite(gates_TMK.flatten(1))
+                self._nonfinite = self._nonfinite + count_nonfinite(gates_TMK)
             leaf_V = tree_leaf(gates_TMK)
-            nodes = self.node_parameters() if self.table is None else (anchor(x_TQ),)
+            nodes = self.node_parameters() if self.table is None else (ANCHOR,)
             learns = torch.is_grad_enabled() and gates_TMK.requires_grad
             flips = flip_levels(self.gate_gradient, self.depth, self._turn()) if learns else []
             own, apart = (flips, []) if flips and takes_flips(self, x_TQ, nodes) else ([], flips)
@@ -237,7 +237,7 @@ class TreeLinear(nn.Module):
 
     def take_nonfinite(self) -> int:
         """Rows with a gate that was NaN or infinite, in passes of any kind since the last call: no leaf is theirs."""
-        number, self._nonfinite = int(self._nonfinite), torch.zeros_like(self._nonfinite)
+        number, self._nonfinite = int(self._nonfinite), 0
         return number
 
     def extra_repr(self) -> str:

@@ -1,6 +1,6 @@
 """What a `TreeLinear` takes: rows of its width, of finite numbers.
 
-Legend: T tokens, Q in, K bits.
+Legend: T tokens, Q in.
 """
 
 import torch
@@ -24,9 +24,3 @@ def as_rows(x: Tensor, in_features: int) -> Tensor:
                 f"{int(bad_T.nonzero()[0])}: they have no leaf; mend what made them"
             )
     return x_TQ
-
-
-def count_nonfinite(gates_TK: Tensor) -> Tensor:
-    """Rows with a gate that is NaN or infinite, whose sign says nothing; int64 scalar, without waiting for the device."""
-    # The sum of a row is finite where all its gates are (below 1e36), and a quarter of the work of looking at each.
-    return torch.count_nonzero(~gates_TK.detach().sum(1).isfinite())

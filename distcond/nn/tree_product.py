@@ -26,6 +26,9 @@ from distcond.ops import (
 )
 from distcond.table import Collective, NodeTable, Route, SubtreePlan, Visits, copy_rows
 
+ANCHOR = torch.zeros((), requires_grad=True)
+"Asks for a gradient, so that backward reaches a table although no parameter stands for it; none is ever given."
+
 
 class TreeNodes(Protocol):
     """What the product needs to know of its layer."""
@@ -153,11 +156,6 @@ def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Where autocast does not apply on the device of `x`; entered only where it is on, for that takes its time."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def anchor(x_TQ: Tensor) -> Tensor:
-    """A scalar that asks for a gradient, so that backward reaches a table although no parameter stands for it."""
-    return torch.zeros((), device=x_TQ.device).requires_grad_(torch.is_grad_enabled())
 
 
 def _dispatch(route: Route, num_trees: int, x_TQ: Tensor, scale_VK: Tensor, leaf_V: Tensor) -> tuple[Tensor, Tensor, Tensor]:

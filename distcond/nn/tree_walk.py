@@ -46,7 +46,7 @@ class Walk:
     def rows_for_backward(self, table: NodeTable) -> PerLevel:
         """Rows as they are now; nodes that may come to exist at the end of the step are made, others are -1."""
         rows = self.rows if self.removals == table.num_removals else table.find(self.path.nodes)
-        if table.growth.takes_paths and has_missing(rows):
+        if table.growth.takes_paths and rows.has_missing:
             rows = table.ensure(self.path.nodes)
         return rows
 
@@ -63,16 +63,11 @@ def _rows_of_parameters(layout: NodeTable, nodes: PerLevel) -> PerLevel:
     return PerLevel(torch.cat([full_N, low_N - layout.num_full_ids]), nodes.bounds)
 
 
-def has_missing(rows: PerLevel) -> bool:
-    """Whether any node does not exist; waits for a device once."""
-    return bool((rows.flat_N < 0).any())
-
-
 def rows_to_read(table: NodeTable, rows: PerLevel, device: torch.device) -> tuple[PerLevel, NodeTensors]:
     """Rows of which none is -1, and the matrices that they are rows of, where the tokens are: missing nodes are zeros."""
     if table.rows_stay:
         return copy_rows(table, rows, device)
-    if not has_missing(rows):
+    if not rows.has_missing:
         return rows, table.tensors()
     kinds = zip(rows.split(table.full_depth + 1), (table.full, table.low), strict=True)
     filled_N = torch.cat([torch.where(rows_N < 0, store.size, rows_N) for rows_N, store in kinds])

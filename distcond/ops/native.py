@@ -10,7 +10,7 @@ import ctypes
 import functools
 import threading
 from collections.abc import Collection, Sequence
-from ctypes import POINTER, c_float, c_int, c_int64, c_long, c_void_p
+from ctypes import POINTER, c_double, c_float, c_int, c_int64, c_long, c_void_p
 from pathlib import Path
 
 import torch
@@ -50,6 +50,13 @@ class _Tree(ctypes.Structure):
     )
 
 
+class _Flat(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("tokens", "groups", "leaves", "in_features", "out_features")),
+        *((name, c_void_p) for name in ("order", "source", "start", "matrix", "weight", "bias")),
+    )
+
+
 class _Flip(ctypes.Structure):
     _fields_ = (("level", c_int64), ("row", c_void_p), ("twin", c_void_p))
 
@@ -78,11 +85,15 @@ def kernels() -> str:
 
 _SIGNATURES = {
     "leaf": (None, (c_void_p, c_int64, c_int64, c_int64, c_void_p)),
+    "nonfinite": (c_int64, (c_void_p, c_int64, c_int64)),
+    "square": (c_double, (c_void_p, c_int64, c_int)),
     "find": (None, (c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int)),
     "path": (None, (c_void_p, *[c_int64] * 3, *[c_void_p] * 8)),
     "work": (c_int64, (POINTER(_Tree), c_int64, c_int)),
     "forward": (None, (POINTER(_Tree), *[c_void_p] * 3, c_int)),
     "backward": (None, (POINTER(_Tree), *[c_void_p] * 3, POINTER(_Gradients), POINTER(_Learn), c_void_p, c_void_p, c_int)),
+    "flat_work": (c_int64, (POINTER(_Flat), c_int)),
+    "flat": (None, (POINTER(_Flat), *[c_void_p] * 3, c_int)),
     "adam": (None, (POINTER(_Adam), c_void_p, c_int64, c_int64, *[c_void_p] * 7, c_int)),
 }
 "Result and arguments of what csrc calls distcond_..."
@@ -115,6 +126,12 @@ def leaf_of(gates_TMK: Tensor) -> Tensor:
     leaf_V = torch.empty(tokens * trees, dtype=torch.int64)
     library().distcond_leaf(gates_TMK.data_ptr(), len(leaf_V), trees, depth, leaf_V.data_ptr())
     return leaf_V
+
+
+def count_nonfinite(gates_TMK: Tensor) -> int:
+    """`count_nonfinite`, compiled."""
+    gates_TMK = gates_TMK.detach().contiguous()
+    return int(library().distcond_nonfinite(gates_TMK.data_ptr(), len(gates_TMK), gates_TMK.shape[1:].numel()))
 
 
 def find(keys_G: Tensor, runs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -179,6 +196,24 @@ def backward(
     if learning:
         grad_levels_TK[:, [level - 1 for level in learning]] = through_TW
     return grad_x_TQ, grad_levels_TK
+
+
+def leaf_product(x_TQ: Tensor, path: TreePath, weight_LQP: Tensor, bias_LP: Tensor) -> Tensor:
+    """`leaf_product`, compiled."""
+    x_TQ, weight_LQP, bias_LP, nodes = x_TQ.contiguous(), weight_LQP.contiguous(), bias_LP.contiguous(), path.flat()
+    y_VP, source_V, threads = x_TQ.new_empty(len(path.order_T), bias_LP.shape[1]), path.source(len(x_TQ)), torch.get_num_threads()
+    sizes = (len(y_VP), len(path.nodes.flat_N), len(weight_LQP), x_TQ.shape[1], y_VP.shape[1])
+    arrays = (path.order_T, source_V, nodes.start_N, nodes.nodes.flat_N, weight_LQP, bias_LP)
+    flat = _Flat(*sizes, *(array.data_ptr() for array in arrays))
+    work = _work(library().distcond_flat_work(flat, threads))
+    library().distcond_flat(flat, x_TQ.data_ptr(), y_VP.data_ptr(), work.data_ptr(), threads)
+    return y_VP
+
+
+def square(numbers: Tensor) -> float:
+    """The sum of the squares, in double precision; the same for any number of threads."""
+    numbers = numbers.contiguous()
+    return float(library().distcond_square(numbers.data_ptr(), numbers.numel(), torch.get_num_threads()))
 
 
 def adam(

@@ -3,6 +3,7 @@
 Legend: G nodes of a level, N of all levels.
 """
 
+import functools
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import overload
@@ -29,6 +30,11 @@ class PerLevel(Sequence[Tensor]):
     def sizes(self) -> list[int]:
         """Nodes of each level."""
         return [end - begin for begin, end in pairwise(self.bounds)]
+
+    @functools.cached_property
+    def has_missing(self) -> bool:
+        """Whether any value is below 0, as a row is that does not exist; a device is waited for once."""
+        return bool((self.flat_N < 0).any())
 
     def split(self, level: int) -> tuple[Tensor, Tensor]:
         """Values of the levels above a level, one after the other, and of those from it on."""

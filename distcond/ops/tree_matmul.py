@@ -41,6 +41,14 @@ def tree_leaf(gates_TMK: Tensor) -> Tensor:
     return (leaf_index(gates_TMK > 0) + (trees_M << gates_TMK.shape[2])).flatten()
 
 
+def count_nonfinite(gates_TMK: Tensor) -> Tensor | int:
+    """Tokens with a gate that is NaN or infinite, whose sign says nothing; a device is not waited for."""
+    if native.computes(gates_TMK):
+        return native.count_nonfinite(gates_TMK)
+    # The sum of a row is finite where all its gates are (below 1e36), and a quarter of the work of looking at each.
+    return torch.count_nonzero(~gates_TMK.detach().flatten(1).sum(1).isfinite())
+
+
 def tree_path(leaf_T: Tensor, depth: int, num_trees: int = 1) -> TreePath:
     """`TreePath.of`, by the kernels that are chosen."""
     if len(leaf_T) and fused_rows.serves(leaf_T):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distcond.nn.gates import Gate
 from distcond.nn.tree import TreeLinear
+from distcond.ops import native
 from distcond.optim.row_adam import RowAdam, add_state
 from distcond.table import Admission, Collective, NodeTable, RowStore, SubtreeLoads, SubtreePlan, admit, move_subtrees
 
@@ -191,6 +192,9 @@ def _square(parts: list[_Part]) -> Tensor:
     total = torch.zeros(1, dtype=torch.float64)
     for part in parts:
         flat = part.grad_GW.flatten()
+        if native.computes(flat):
+            total += native.square(flat)
+            continue
         square = torch.zeros((), dtype=torch.float64, device=flat.device)
         for block in flat.split(SQUARE_NUMBERS if flat.device.type == "cpu" else max(1, len(flat))):
             double = block.double()

@@ -4,6 +4,7 @@ Legend: G nodes, P out, Q in, r rank.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,8 @@ class NodeTable:
         bias_width = out_features if bias else 0
         self.full = RowStore(out_features * in_features + bias_width, device)
         self.low = RowStore(rank * (in_features + out_features) + bias_width, device)
+        self._matrices: tuple[Tensor, Tensor, NodeTensors] | None = None
+        "The rows, and the same as matrices."
 
     @property
     def num_full_ids(self) -> int:
@@ -79,8 +82,13 @@ class NodeTable:
         return self.full.num_removals + self.low.num_removals
 
     def tensors(self) -> NodeTensors:
-        """The rows as matrices."""
-        return self.as_matrices(self.full.data, self.low.data)
+        """The rows as matrices; the same objects until rows come or go."""
+        full_SW, low_SW = self.full.data, self.low.data
+        if torch.is_inference_mode_enabled():  # views made there are of no use outside
+            return self.as_matrices(full_SW, low_SW)
+        if self._matrices is None or self._matrices[0] is not full_SW or self._matrices[1] is not low_SW:
+            self._matrices = full_SW, low_SW, self.as_matrices(full_SW, low_SW)
+        return self._matrices[2]
 
     def tensors_with_zeros(self) -> NodeTensors:
         """The rows as matrices, and behind those of each kind one more, of zeros."""
@@ -158,6 +166,9 @@ class NodeTable:
         for _, store in self.stores():
             store.keep_new(store.keys[:0])
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_matrices": None}
+
     def _by_kind(self, levels: Sequence[Tensor], look_up: Callable[[str, Tensor], Tensor]) -> PerLevel:
         """What `look_up` says of the nodes, asked once for all levels of a kind, where the rows are."""
         nodes, device = PerLevel.of(levels), self.full.keys.device
@@ -186,12 +197,15 @@ class NodeTable:
 
     def add_gradient(self, rows: Sequence[Tensor], full_GW: Tensor, low_GW: Tensor) -> None:
         """Collect the gradient of nodes, given their rows per level, -1 for those without, laid out as by `new_gradient`."""
-        full_N, low_N = PerLevel.of(rows).split(self.full_depth + 1)
-        self.full.add_gradient(*_existing(full_N, full_GW))
+        rows = PerLevel.of(rows)
+        full_N, low_N = rows.split(self.full_depth + 1)
+        if rows.has_missing:
+            (full_N, full_GW), (low_N, low_GW) = _existing(full_N, full_GW), _existing(low_N, low_GW)
+        self.full.add_gradient(full_N, full_GW)
         if len(low_N):
-            self.low.add_gradient(*_existing(low_N, low_GW))
+            self.low.add_gradient(low_N, low_GW)
 
 
 def _existing(rows_G: Tensor, grad_GW: Tensor) -> tuple[Tensor, Tensor]:
     mask_G = rows_G >= 0
-    return (rows_G, grad_GW) if bool(mask_G.all()) else (rows_G[mask_G], grad_GW[mask_G])
+    return rows_G[mask_G], grad_GW[mask_G]

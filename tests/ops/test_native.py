@@ -17,7 +17,9 @@ from distcond.ops import (
     Schedule,
     TreePath,
     compiler,
+    count_nonfinite,
     kernels,
+    leaf_product,
     native,
     tree_backward,
     tree_forward,
@@ -91,6 +93,17 @@ def test_leaves_are_those_of_torch(depth: int, trees: int) -> None:
 
 @needs_gcc
 @pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_tokens_without_a_leaf_are_counted_as_by_torch(bad: float) -> None:
+    gates = numbers(40, 2, 5, seed=1)[..., :4]  # not contiguous
+    assert count_nonfinite(gates) == 0
+    gates[0, 0, 0], gates[0, 1, 2], gates[39, 1, 3] = bad, -bad, bad
+    assert count_nonfinite(gates) == count_nonfinite(gates.double()) == 2
+    assert count_nonfinite(gates[:0]) == count_nonfinite(gates[..., :0]) == 0
+
+
+@needs_gcc
+@pytest.mark.usefixtures("compiled")
 def test_keys_are_found_as_torch_finds_them() -> None:
     """Among runs of several lengths, one of them empty; keys ascending and not, in more pieces than one."""
     known = 3 * torch.randperm(7 * SMALL, generator=torch.Generator().manual_seed(0))
@@ -107,6 +120,47 @@ def test_keys_are_found_as_torch_finds_them() -> None:
             use_kernels("torch")
             assert torch.equal(found, index.find(keys))
             use_kernels("native")
+
+
+# ---- the product of leaves ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["torch", pytest.param("native", marks=needs_gcc)])
+@pytest.mark.parametrize("trees", [1, 3])
+@pytest.mark.parametrize(
+    ("count", "leaves", "width", "out"), [(1, 1, 3, 1), (40, 5, 130, 16), (300, 2, 37, 70), (513, 40, 256, 65), (7, 9, 64, 300)]
+)
+def test_each_token_is_multiplied_with_the_matrix_of_its_leaf(
+    count: int, leaves: int, width: int, out: int, trees: int, name: str
+) -> None:
+    """The last place stands for leaves without a matrix."""
+    x, weight, bias = (numbers(*shape, seed=at) for at, shape in enumerate([(count, width), (leaves, width, out), (leaves, out)]))
+    leaf_V = random_leaves(count * trees, 10) % (leaves + 1)
+    use_kernels(name)
+    try:
+        y = leaf_product(x, tree_path(leaf_V, 0, leaves + 1), weight, bias)
+        empty = leaf_product(x[:0], tree_path(leaf_V[:0], 0, leaves + 1), weight, bias)
+    finally:
+        use_kernels("torch")
+    has_V = leaf_V < leaves
+    own = leaf_V[has_V]
+    rows = x.double().repeat_interleave(trees, 0)[has_V]
+    expected = torch.einsum("vq,vqp->vp", rows, weight.double()[own]) + bias.double()[own]
+    assert y.shape == (count * trees, out) and empty.shape == (0, out)
+    torch.testing.assert_close(y[has_V].double(), expected, **CLOSE)
+
+
+@needs_gcc
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("count", [0, 1, 31, 2**14, 2**16 + 37])
+def test_squares_are_summed_in_double_precision(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = numbers(count, seed=count) * 1e18
+    expected = x.double().square().sum().item()
+    sums = set()
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        sums.add(native.square(x))
+    assert len(sums) == 1 and sums.pop() == pytest.approx(expected, rel=1e-14)
 
 
 # ---- the product -----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """NodeTable: nodes are born as zeros in effect, wherever and whenever, and those that exist are left alone."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -75,3 +76,21 @@ def test_a_gradient_reaches_the_rows_of_its_nodes() -> None:
     for store, nodes in ((table.full, [0, 1, 2]), (table.low, [4, 5, 9, 12])):
         rows, grad = store.take_gradient()
         assert store.keys[rows].tolist() == nodes and grad[:, 0].tolist() == [float(place) for place in range(len(nodes))]
+
+
+def test_matrices_are_those_of_the_rows_there_are_now() -> None:
+    table = make_table()
+    with torch.inference_mode():
+        table.tensors()
+    table.ensure(LEVELS[:2])
+    nodes = table.tensors()
+    assert table.tensors() is nodes and not nodes.weight_SPQ.is_inference()
+    table.full.data[:] = 3.0
+    assert (nodes.weight_SPQ == 3.0).all()
+    table.ensure(LEVELS)
+    assert len(table.tensors().right_SrQ) == 4
+    table.full.replace(table.full.keys[:1].clone(), table.full.data[:1].clone())
+    assert len(table.tensors().weight_SPQ) == 1
+    copied = copy.deepcopy(table)
+    copied.full.data[:] = 5.0
+    assert (copied.tensors().weight_SPQ == 5.0).all() and (table.tensors().weight_SPQ == 3.0).all()

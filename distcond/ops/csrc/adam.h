@@ -20,6 +20,26 @@ INLINE void adam_vector(const Adam *adam, vec gradient, float *data, float *firs
     store(data, all(decay) * load(data) - all(size) * m / (denominator / all(root) + all(adam->eps)));
 }
 
+/* The sum of squares, of pieces that are added in their order. */
+double distcond_square(const float *numbers, int64_t count, int threads) {
+    enum { PIECE = 1 << 14, SUMS = 32 };
+    long pieces = (count + PIECE - 1) / PIECE;
+    double *parts = malloc((pieces + 1) * sizeof(double)), sum = 0;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long piece = 0; piece < pieces; piece++) {
+        long at = piece * PIECE, end = least(at + PIECE, count);
+        double some[SUMS] = {0};
+        for (; at + SUMS <= end; at += SUMS)
+            for (int j = 0; j < SUMS; j++) some[j] += (double)numbers[at + j] * numbers[at + j];
+        for (; at < end; at++) some[0] += (double)numbers[at] * numbers[at];
+        for (int j = 1; j < SUMS; j++) some[0] += some[j];
+        parts[piece] = some[0];
+    }
+    for (long piece = 0; piece < pieces; piece++) sum += parts[piece];
+    free(parts);
+    return sum;
+}
+
 /* Rows of data and moments, [.., width]; gradient [count, width]; decay, size, root: one for each row. */
 void distcond_adam(const Adam *adam, const int64_t *rows, int64_t count, int64_t width, const float *gradient, float *data,
                    float *first, float *second, const float *decay, const float *size, const float *root, int threads) {

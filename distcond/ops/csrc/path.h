@@ -29,6 +29,17 @@ void distcond_leaf(const float *gates, int64_t count, int64_t trees, int64_t bit
     }
 }
 
+/* Rows of which a number is NaN or infinite. */
+int64_t distcond_nonfinite(const float *numbers, int64_t rows, int64_t width) {
+    long count = 0;
+    for (long at = 0; at < rows; at++) {
+        int is_finite = 1;
+        for (long j = 0; j < width; j++) is_finite &= numbers[at * width + j] - numbers[at * width + j] == 0;
+        count += !is_finite;
+    }
+    return count;
+}
+
 /* First of some ascending numbers, from `low` on, that is not below a key; most keys are near the one before. */
 static long search_from(const int64_t *numbers, long count, long low, int64_t key) {
     long step = 1, high;

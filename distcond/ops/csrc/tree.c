@@ -22,8 +22,6 @@
 #include "low_rank.h"
 #include "path.h"
 
-/* ---- full levels ---------------------------------------------------------------------------------------------------- */
-
 static int thread_number(void) {
 #ifdef _OPENMP
     return omp_get_thread_num();
@@ -31,6 +29,10 @@ static int thread_number(void) {
     return 0;
 #endif
 }
+
+#include "flat.h"
+
+/* ---- full levels ---------------------------------------------------------------------------------------------------- */
 
 /* Outputs of the tokens of a node of the last full level, as far as the panel goes. */
 static void leaf_forward(const Panel *panel, const Step *step, const float *x, float *y, Ahead *ahead) {

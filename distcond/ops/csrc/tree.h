@@ -27,8 +27,8 @@ static long node_end(const Tree *tree, long level, long node) {
 /* Copy numbers of some tokens' rows, `step` apart, to rows of their own, padded with zeros. */
 static void take(const float *from, long step, const int64_t *order, long tokens, long numbers, float *to, long width) {
     for (long i = 0; i < tokens; i++, to += width) {
-        memcpy(to, from + order[i] * step, numbers * sizeof(float));
-        memset(to + numbers, 0, (padded(numbers) - numbers) * sizeof(float));
+        copy(to, from + order[i] * step, numbers);
+        for (long at = numbers; at < padded(numbers); at++) to[at] = 0;
     }
 }
 
@@ -38,5 +38,5 @@ static void put(const float *from, long width, const int64_t *order, long tokens
         if (add)
             scaled(to + order[i] * step, 1, from, numbers, 1);
         else
-            memcpy(to + order[i] * step, from, numbers * sizeof(float));
+            copy(to + order[i] * step, from, numbers);
 }

@@ -34,6 +34,13 @@ INLINE vec all(float value) { return value - (vec){0}; }
 INLINE long least(long a, long b) { return a < b ? a : b; }
 INLINE long padded(long numbers) { return (numbers + V - 1) / V * V; }
 
+/* GCC would make a call or a loop of bytes of memcpy. */
+INLINE void copy(float *to, const float *from, long numbers) {
+    long at = 0;
+    for (; at + V <= numbers; at += V) store(to + at, load(from + at));
+    for (; at < numbers; at++) to[at] = from[at];
+}
+
 /* From one row to the next: padded, and not by a power of two, with which rows would push each other out of the first cache. */
 INLINE long pitch(long numbers) { return padded(numbers) + (padded(numbers) % 64 ? 0 : V); }
 
