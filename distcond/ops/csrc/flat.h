@@ -56,10 +56,15 @@ static void flat_share(const Flat *flat, const Share *share, const Share *next, 
                 for (long i = 0; i < rows; i += V)
                     store(tile + j * high + i, load_some(weight + j * flat->out + p + i, rows - i));
             }
+            if (q + DEEP >= flat->in && high == rows) {
+                Emit to = {y + p, flat->out, NULL, 0, flat->order + share->begin, 1};
+                put_product(tokens, high, deep, from, DEEP + V, 1, tile, high, made + p, wide, &to, &ahead);
+                continue;
+            }
             add_product(tokens, high, deep, from, DEEP + V, 1, tile, high, made + p, wide, &ahead);
+            if (q + DEEP >= flat->in) put(made + p, wide, flat->order + share->begin, tokens, rows, y + p, flat->out, 0);
         }
     }
-    put(made, wide, flat->order + share->begin, tokens, flat->out, y, flat->out, 0);
 }
 
 /* Numbers of `work` that the function below needs. */

@@ -50,7 +50,11 @@ static void leaf_forward(const Panel *panel, const Step *step, const float *x, f
             memcpy(panel->made + i * HIGH, panel->bias + last * PANEL, rows * sizeof(float));
         if (is_few)
             few_forward(tokens, sum, node, panel->rows, panel->columns, panel->x, wide, panel->made, HIGH, ahead);
-        else
+        else if (rows == panel->rows) {
+            Emit to = {y + panel->p, tree->out, NULL, 0, tree->order + token, 1};
+            put_product(tokens, rows, panel->columns, panel->x, wide, 1, panel->turned, rows, panel->made, HIGH, &to, ahead);
+            continue;
+        } else
             add_product(tokens, rows, panel->columns, panel->x, wide, 1, panel->turned, rows, panel->made, HIGH, ahead);
         put(panel->made, HIGH, tree->order + token, tokens, panel->rows, y + panel->p, tree->out, 0);
     }
@@ -102,19 +106,28 @@ static int leaf_backward(Panel *panel, const Step *step, const float *x, const f
     }
     descend(panel, step, &ahead);
     const float *sum = panel->sums[last].at;
+    Emit emit = {out, tree->in, grad_above, width, NULL, is_first};
+    int emits = panel->columns == wide; /* whole vectors */
     for (long at = 0; at < tokens; at += BATCH) {
         long batch = least(BATCH, tokens - at);
         take_x(panel, x, begin + at, batch);
         take_dy(panel, dy, begin + at, batch);
-        if (at == 0)
+        if (emits && at + BATCH >= tokens)
+            give_product(panel->rows, wide, batch, panel->dy, 1, HIGH, panel->x, width, at ? grad : NULL, width, &emit, &ahead);
+        else if (at == 0)
             product(panel->rows, wide, batch, panel->dy, 1, HIGH, panel->x, width, grad, width, &ahead);
         else
             add_product(panel->rows, wide, batch, panel->dy, 1, HIGH, panel->x, width, grad, width, &ahead);
+        if (emits) {
+            Emit rows = {dx, tree->in, NULL, 0, order + at, is_first_panel};
+            put_product(batch, wide, panel->rows, panel->dy, HIGH, 1, sum, width, NULL, 0, &rows, &ahead);
+            continue;
+        }
         product(batch, wide, panel->rows, panel->dy, HIGH, 1, sum, width, panel->made, width, &ahead);
         put(panel->made, width, order + at, batch, panel->columns, dx, tree->in, !is_first_panel);
     }
     look(&ahead, PANEL * COLUMNS / V);
-    give(grad, out, tree->in, panel->rows, panel->columns, grad_above, is_first);
+    if (!emits) give(grad, out, tree->in, panel->rows, panel->columns, grad_above, is_first);
     return 1;
 }
 

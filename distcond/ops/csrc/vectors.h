@@ -70,9 +70,21 @@ INLINE void look(Ahead *ahead, long lines) {
     for (; lines > 0 && ahead->at < ahead->end; lines--, ahead->at += V) __builtin_prefetch(ahead->at, 0, 2);
 }
 
-/* c [m, n vectors] = (add: +=) a [m, k] b [k, n vectors]; all sizes but k known when it is compiled. */
+/* Where a product goes instead of to c. GIVE: past the caches to rows `step` apart, and to a sum, if there is one. PUT: to rows
+ * in any order. first: sum, or rows, hold nothing yet that it is to be added to. */
+enum { KEEP, GIVE, PUT };
+typedef struct {
+    float *to;
+    long step;
+    float *sum;
+    long sum_step;
+    const int64_t *row;
+    int first;
+} Emit;
+
+/* c [m, n vectors] = (add: +=) a [m, k] b [k, n vectors]; all sizes but k known when it is compiled. emit: not to c. */
 INLINE void block(const int m, const int n, long k, const float *a, long a_row, long a_step, const float *b, long b_step,
-                  float *c, long c_row, const int add, Ahead *ahead) {
+                  float *c, long c_row, const int add, const int how, const Emit *emit, Ahead *ahead) {
     const float *next = ahead->at;
     long next_step = ahead->end - next >= k * V ? V : 0;
     ahead->at += next_step * k;
@@ -96,23 +108,35 @@ INLINE void block(const int m, const int n, long k, const float *a, long a_row, 
 #pragma GCC unroll 12
     for (int i = 0; i < m; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < n; j++) store(c + i * c_row + j * V, sum[i][j]);
+        for (int j = 0; j < n; j++) {
+            float *to = c + i * c_row;
+            if (how == GIVE) {
+                stream(emit->to + i * emit->step + j * V, sum[i][j]);
+                if (!emit->sum) continue;
+                to = emit->sum + i * emit->sum_step;
+            }
+            if (how == PUT) to = emit->to + emit->row[i] * emit->step;
+            if (how != KEEP && !emit->first) sum[i][j] += load(to + j * V);
+            store(to + j * V, sum[i][j]);
+        }
 }
 
 /* A strip of n vectors, in blocks of nearly equal numbers of rows, at most `most`. */
 INLINE void strip(const int n, const int most, long m, long k, const float *a, long a_row, long a_step, const float *b,
-                  long b_step, float *c, long c_row, const int add, Ahead *ahead) {
+                  long b_step, float *c, long c_row, const int add, const int how, const Emit *emit, Ahead *ahead) {
+    Emit here = how == KEEP ? (Emit){0} : *emit;
     for (long blocks = (m + most - 1) / most; blocks > 0; blocks--) {
         long rows = (m + blocks - 1) / blocks;
 #define CASE(rows)                                                                                                               \
     case rows:                                                                                                                   \
-        if (rows <= most) block(rows, n, k, a, a_row, a_step, b, b_step, c, c_row, add, ahead);                                  \
+        if (rows <= most) block(rows, n, k, a, a_row, a_step, b, b_step, c, c_row, add, how, &here, ahead);                      \
         break;
         switch (rows) {
             CASE(1)
             CASE(2)
             CASE(3)
-            CASE(4) CASE(5) CASE(6)
+            CASE(4)
+            CASE(5) CASE(6)
 #if NARROW > 6
                 CASE(7) CASE(8)
 #endif
@@ -121,29 +145,60 @@ INLINE void strip(const int n, const int most, long m, long k, const float *a, l
 #endif
         }
         m -= rows, a += rows * a_row, c += rows * c_row;
+        if (how == GIVE) here.to += rows * here.step, here.sum += here.sum ? rows * here.sum_step : 0;
+        if (how == PUT) here.row += rows;
     }
+}
+
+/* What is emitted of the columns from `at` on. */
+INLINE Emit emit_from(const Emit *emit, long at) {
+    Emit part = *emit;
+    part.to += at, part.sum += part.sum ? at : 0;
+    return part;
 }
 
 /* c [m, n] = (add: +=) a [m, k] b [k, n]; n a multiple of V; a by strides of its own, so that it may be a transpose. */
 INLINE void product_of(long m, long n, long k, const float *a, long a_row, long a_step, const float *b, long b_step, float *c,
-                       long c_row, const int add, Ahead *ahead) {
+                       long c_row, const int add, const int how, const Emit *emit, Ahead *ahead) {
     long at = 0;
-    for (; at + STRIP * V <= n; at += STRIP * V)
-        strip(STRIP, ROWS, m, k, a, a_row, a_step, b + at, b_step, c + at, c_row, add, ahead);
+#define STRIPS(vectors, most)                                                                                                    \
+    for (; at + (vectors) * V <= n; at += (vectors) * V) {                                                                       \
+        Emit part = how == KEEP ? (Emit){0} : emit_from(emit, at);                                                               \
+        strip(vectors, most, m, k, a, a_row, a_step, b + at, b_step, c + at, c_row, add, how, &part, ahead);                     \
+    }
+    STRIPS(STRIP, ROWS)
 #if STRIP > 2
-    for (; at + 2 * V <= n; at += 2 * V) strip(2, NARROW, m, k, a, a_row, a_step, b + at, b_step, c + at, c_row, add, ahead);
+    STRIPS(2, NARROW)
 #endif
-    for (; at < n; at += V) strip(1, NARROW, m, k, a, a_row, a_step, b + at, b_step, c + at, c_row, add, ahead);
+    STRIPS(1, NARROW)
 }
 
 static void product(long m, long n, long k, const float *a, long a_row, long a_step, const float *b, long b_step, float *c,
                     long c_row, Ahead *ahead) {
-    product_of(m, n, k, a, a_row, a_step, b, b_step, c, c_row, 0, ahead);
+    product_of(m, n, k, a, a_row, a_step, b, b_step, c, c_row, 0, KEEP, NULL, ahead);
 }
 
 static void add_product(long m, long n, long k, const float *a, long a_row, long a_step, const float *b, long b_step, float *c,
                         long c_row, Ahead *ahead) {
-    product_of(m, n, k, a, a_row, a_step, b, b_step, c, c_row, 1, ahead);
+    product_of(m, n, k, a, a_row, a_step, b, b_step, c, c_row, 1, KEEP, NULL, ahead);
+}
+
+/* c + a b or (c: NULL) a b, given on. */
+static void give_product(long m, long n, long k, const float *a, long a_row, long a_step, const float *b, long b_step, float *c,
+                         long c_row, const Emit *emit, Ahead *ahead) {
+    if (c)
+        product_of(m, n, k, a, a_row, a_step, b, b_step, c, c_row, 1, GIVE, emit, ahead);
+    else
+        product_of(m, n, k, a, a_row, a_step, b, b_step, c, c_row, 0, GIVE, emit, ahead);
+}
+
+/* The same, put or added where its rows belong. */
+static void put_product(long m, long n, long k, const float *a, long a_row, long a_step, const float *b, long b_step, float *c,
+                        long c_row, const Emit *emit, Ahead *ahead) {
+    if (c)
+        product_of(m, n, k, a, a_row, a_step, b, b_step, c, c_row, 1, PUT, emit, ahead);
+    else
+        product_of(m, n, k, a, a_row, a_step, b, b_step, c, c_row, 0, PUT, emit, ahead);
 }
 
 /* The sum of the numbers of a vector. */
