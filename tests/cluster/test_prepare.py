@@ -86,7 +86,7 @@ def command(corpus: Path, cache: Path, *words: str) -> list[str]:
 
 
 @pytest.mark.ray
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_killed_preparation_goes_on_where_it_was(corpus: Path, tmp_path: Path) -> None:
     """By a tokenizer, for bytes are written too fast to be killed in the middle."""
     words = command(corpus, tmp_path / "cache", f"data.tokenizer={corpus / 'tokenizer.json'}")
