@@ -1,15 +1,14 @@
 /* Tiles: [rows, columns] of a matrix, padded to whole vectors with zeros, that stay in the second cache. */
 #include "vectors.h"
 
-#define COLUMNS 512 /* most columns of a tile */
-#define PANEL 128   /* most rows: a wider panel reads tokens less often, a narrower one stays in the cache */
+#define COLUMNS MOST_WIDE /* most columns of a tile */
+#define PANEL 128         /* most rows: a wider panel reads tokens less often, a narrower one stays in the cache */
 
 typedef struct {
     const float *at;
     long step; /* numbers from one row to the next */
 } Rows;
 
-static const float zero_numbers[COLUMNS];
 static const Rows ZEROS = {zero_numbers, 0}; /* stands for any tile of zeros */
 static const Rows NONE = {NULL, 0};
 static const Ahead NOTHING = {NULL, NULL};

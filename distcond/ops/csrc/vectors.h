@@ -70,6 +70,9 @@ INLINE void look(Ahead *ahead, long lines) {
     for (; lines > 0 && ahead->at < ahead->end; lines--, ahead->at += V) __builtin_prefetch(ahead->at, 0, 2);
 }
 
+#define MOST_WIDE 512 /* columns of a product at most */
+static const float zero_numbers[MOST_WIDE];
+
 /* Where a product goes instead of to c. GIVE: past the caches to rows `step` apart, and to a sum, if there is one. PUT: to rows
  * in any order. first: sum, or rows, hold nothing yet that it is to be added to. */
 enum { KEEP, GIVE, PUT };
@@ -82,9 +85,9 @@ typedef struct {
     int first;
 } Emit;
 
-/* c [m, n vectors] = (add: +=) a [m, k] b [k, n vectors]; all sizes but k known when it is compiled. emit: not to c. */
+/* c [m, n vectors] = from + a [m, k] b [k, n vectors]; all sizes but k known when it is compiled. */
 INLINE void block(const int m, const int n, long k, const float *a, long a_row, long a_step, const float *b, long b_step,
-                  float *c, long c_row, const int add, const int how, const Emit *emit, Ahead *ahead) {
+                  const float *from, long from_row, float *c, long c_row, const int how, const Emit *emit, Ahead *ahead) {
     const float *next = ahead->at;
     long next_step = ahead->end - next >= k * V ? V : 0;
     ahead->at += next_step * k;
@@ -92,7 +95,7 @@ INLINE void block(const int m, const int n, long k, const float *a, long a_row, 
 #pragma GCC unroll 12
     for (int i = 0; i < m; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < n; j++) sum[i][j] = add ? load(c + i * c_row + j * V) : (vec){0};
+        for (int j = 0; j < n; j++) sum[i][j] = load(from + i * from_row + j * V);
     for (long at = 0; at < k; at++) {
         vec right[STRIP];
 #pragma GCC unroll 4
@@ -123,28 +126,31 @@ INLINE void block(const int m, const int n, long k, const float *a, long a_row, 
 
 /* A strip of n vectors, in blocks of nearly equal numbers of rows, at most `most`. */
 INLINE void strip(const int n, const int most, long m, long k, const float *a, long a_row, long a_step, const float *b,
-                  long b_step, float *c, long c_row, const int add, const int how, const Emit *emit, Ahead *ahead) {
+                  long b_step, const float *from, long from_row, float *c, long c_row, const int how, const Emit *emit,
+                  Ahead *ahead) {
     Emit here = how == KEEP ? (Emit){0} : *emit;
     for (long blocks = (m + most - 1) / most; blocks > 0; blocks--) {
         long rows = (m + blocks - 1) / blocks;
 #define CASE(rows)                                                                                                               \
     case rows:                                                                                                                   \
-        if (rows <= most) block(rows, n, k, a, a_row, a_step, b, b_step, c, c_row, add, how, &here, ahead);                      \
+        if (rows <= most) block(rows, n, k, a, a_row, a_step, b, b_step, from, from_row, c, c_row, how, &here, ahead);           \
         break;
         switch (rows) {
             CASE(1)
             CASE(2)
             CASE(3)
             CASE(4)
-            CASE(5) CASE(6)
+            CASE(5)
+            CASE(6)
 #if NARROW > 6
-                CASE(7) CASE(8)
+            CASE(7)
+            CASE(8)
 #endif
 #if NARROW > 8
-                    CASE(9) CASE(10) CASE(11) CASE(12)
+                CASE(9) CASE(10) CASE(11) CASE(12)
 #endif
         }
-        m -= rows, a += rows * a_row, c += rows * c_row;
+        m -= rows, a += rows * a_row, from += rows * from_row, c += c ? rows * c_row : 0;
         if (how == GIVE) here.to += rows * here.step, here.sum += here.sum ? rows * here.sum_step : 0;
         if (how == PUT) here.row += rows;
     }
@@ -157,14 +163,15 @@ INLINE Emit emit_from(const Emit *emit, long at) {
     return part;
 }
 
-/* c [m, n] = (add: +=) a [m, k] b [k, n]; n a multiple of V; a by strides of its own, so that it may be a transpose. */
-INLINE void product_of(long m, long n, long k, const float *a, long a_row, long a_step, const float *b, long b_step, float *c,
-                       long c_row, const int add, const int how, const Emit *emit, Ahead *ahead) {
+/* c [m, n] = from + a [m, k] b [k, n]; n a multiple of V; a by strides of its own, so that it may be a transpose. */
+INLINE void product_of(long m, long n, long k, const float *a, long a_row, long a_step, const float *b, long b_step,
+                       const float *from, long from_row, float *c, long c_row, const int how, const Emit *emit, Ahead *ahead) {
     long at = 0;
 #define STRIPS(vectors, most)                                                                                                    \
     for (; at + (vectors) * V <= n; at += (vectors) * V) {                                                                       \
         Emit part = how == KEEP ? (Emit){0} : emit_from(emit, at);                                                               \
-        strip(vectors, most, m, k, a, a_row, a_step, b + at, b_step, c + at, c_row, add, how, &part, ahead);                     \
+        strip(vectors, most, m, k, a, a_row, a_step, b + at, b_step, from + at, from_row, c ? c + at : c, c_row, how, &part,     \
+              ahead);                                                                                                            \
     }
     STRIPS(STRIP, ROWS)
 #if STRIP > 2
@@ -173,32 +180,33 @@ INLINE void product_of(long m, long n, long k, const float *a, long a_row, long 
     STRIPS(1, NARROW)
 }
 
-static void product(long m, long n, long k, const float *a, long a_row, long a_step, const float *b, long b_step, float *c,
+static void keep_product(long m, long n, long k, const float *a, long a_row, long a_step, const float *b, long b_step,
+                         const float *from, long from_row, float *c, long c_row, Ahead *ahead) {
+    product_of(m, n, k, a, a_row, a_step, b, b_step, from, from_row, c, c_row, KEEP, NULL, ahead);
+}
+
+/* c [m, n] = a [m, k] b [k, n]. */
+INLINE void product(long m, long n, long k, const float *a, long a_row, long a_step, const float *b, long b_step, float *c,
                     long c_row, Ahead *ahead) {
-    product_of(m, n, k, a, a_row, a_step, b, b_step, c, c_row, 0, KEEP, NULL, ahead);
+    keep_product(m, n, k, a, a_row, a_step, b, b_step, zero_numbers, 0, c, c_row, ahead);
 }
 
-static void add_product(long m, long n, long k, const float *a, long a_row, long a_step, const float *b, long b_step, float *c,
+/* c [m, n] += a [m, k] b [k, n]. */
+INLINE void add_product(long m, long n, long k, const float *a, long a_row, long a_step, const float *b, long b_step, float *c,
                         long c_row, Ahead *ahead) {
-    product_of(m, n, k, a, a_row, a_step, b, b_step, c, c_row, 1, KEEP, NULL, ahead);
+    keep_product(m, n, k, a, a_row, a_step, b, b_step, c, c_row, c, c_row, ahead);
 }
 
-/* c + a b or (c: NULL) a b, given on. */
-static void give_product(long m, long n, long k, const float *a, long a_row, long a_step, const float *b, long b_step, float *c,
-                         long c_row, const Emit *emit, Ahead *ahead) {
-    if (c)
-        product_of(m, n, k, a, a_row, a_step, b, b_step, c, c_row, 1, GIVE, emit, ahead);
-    else
-        product_of(m, n, k, a, a_row, a_step, b, b_step, c, c_row, 0, GIVE, emit, ahead);
+/* from (NULL: 0) + a b, given on. */
+static inline void give_product(long m, long n, long k, const float *a, long a_row, long a_step, const float *b, long b_step,
+                                const float *from, long from_row, const Emit *emit, Ahead *ahead) {
+    product_of(m, n, k, a, a_row, a_step, b, b_step, from ? from : zero_numbers, from ? from_row : 0, NULL, 0, GIVE, emit, ahead);
 }
 
 /* The same, put or added where its rows belong. */
-static void put_product(long m, long n, long k, const float *a, long a_row, long a_step, const float *b, long b_step, float *c,
-                        long c_row, const Emit *emit, Ahead *ahead) {
-    if (c)
-        product_of(m, n, k, a, a_row, a_step, b, b_step, c, c_row, 1, PUT, emit, ahead);
-    else
-        product_of(m, n, k, a, a_row, a_step, b, b_step, c, c_row, 0, PUT, emit, ahead);
+static inline void put_product(long m, long n, long k, const float *a, long a_row, long a_step, const float *b, long b_step,
+                               const float *from, long from_row, const Emit *emit, Ahead *ahead) {
+    product_of(m, n, k, a, a_row, a_step, b, b_step, from ? from : zero_numbers, from ? from_row : 0, NULL, 0, PUT, emit, ahead);
 }
 
 /* The sum of the numbers of a vector. */
