@@ -63,7 +63,8 @@ class Chaos:
 
     def kill_everything(self) -> None:
         for process in [self.command.process, *self.command.process.children(recursive=True), *sealers_below(self.folder)]:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # some end by themselves when their parent is gone
+                process.kill()
         self.command.end(left_s=10)
         self.start()
 
