@@ -26,7 +26,7 @@ from distcond.ops import (
 )
 from distcond.table import Collective, NodeTable, Route, SubtreePlan, Visits, copy_rows
 
-ANCHOR = torch.zeros((), requires_grad=True)
+ANCHOR = torch.zeros((), device="cpu", requires_grad=True)
 "Asks for a gradient, so that backward reaches a table although no parameter stands for it; none is ever given."
 
 
