@@ -74,7 +74,8 @@ INLINE void look(Ahead *ahead, long lines) {
 static const float zero_numbers[MOST_WIDE];
 
 /* Where a product goes instead of to c. GIVE: past the caches to rows `step` apart, and to a sum, if there is one. PUT: to rows
- * in any order. first: sum, or rows, hold nothing yet that it is to be added to. */
+ * in any order. first: sum, or rows, hold nothing yet that it is to be added to. Whole vectors alone: a block that could write
+ * some numbers of one would keep its sums in memory, and take 1.5 times as long. */
 enum { KEEP, GIVE, PUT };
 typedef struct {
     float *to;
