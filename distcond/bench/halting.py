@@ -34,13 +34,15 @@ CASES = [
     *(Case("lstm", 128, 128, name) for name in ("geometric", "one in 128")),
     *(Case("tanh", 128, 128, name) for name in ("geometric", "one in 128")),
 ]
+FULL_DEVICE = [Case("lstm", 128, 16384, name) for name in ("geometric", "one in 128")]
+"On a GPU too: rows that it does not all run at the same time."
 QUICK = [Case("lstm", 16, 32, "geometric")]
 
 
 def bench_halting(quick: bool = False) -> Iterator[Row]:
     """One row a case, forward + backward and forward alone: the saving that steps promise, the one that time shows."""
     device = places()[0].device
-    for case in QUICK if quick else CASES:
+    for case in QUICK if quick else [*CASES, *(FULL_DEVICE if device.type == "cuda" else [])]:
         for trains in (True, False):
             yield _row(case, device, trains=trains)
 

@@ -3,13 +3,15 @@
 What it computes is `Recurrent`'s loop over time with a cell of one dense matrix under `AdaptiveComputation` or
 `FixedComputation`, to rounding. The input's part of the matrix is multiplied once for all time steps, not once a ponder step;
 the gradient of the matrix is one product at the end, not one a step. Rows that halt leave at once: a row is copied in a
-thousandth of the time that its next step takes. With native kernels, fp32 on a CPU, both passes are one call each.
+thousandth of the time that its next step takes. In fp32 both passes are one call each with native kernels, and one kernel
+each on a GPU that Triton compiles for.
 
 Legend: B sequences, T time steps, I input features, H hidden units, G outputs of the cell's matrix, R rows still running,
 S state tensors of the cell.
 """
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distcond.nn.cells import CELLS, RecurrentCell, Tensors
-from distcond.ops import native, native_recurrent
+from distcond.ops import fused_recurrent, native, native_recurrent
 
 ROWS_AT_ONCE = 8192
 "Rows of gradients that are collected before they are multiplied into that of the matrix."
@@ -76,17 +78,24 @@ class RecurrentLoop(torch.autograd.Function):
         given_TBG = _input_part(inputs, weight[:, :size], bias)
         ctx.plan, ctx.size = plan, size
         ctx.save_for_backward(inputs, weight, halting_weight)
-        if native.computes(weight, given_TBG):
-            return _compiled(ctx, lengths, given_TBG, weight[:, size:], halting_weight, halting_bias)
+        halting = None
+        if halting_weight is not None and halting_bias is not None:
+            halting = halting_weight[0] / width**0.5, halting_bias
+        ctx.whole = _whole(weight[:, size:], given_TBG)
+        if ctx.whole is not None:
+            name = next(name for name, cell in CELLS.items() if cell is plan.cell)
+            options = (plan.max_steps, plan.epsilon or 0.0)
+            out = ctx.whole.forward(name, lengths, given_TBG, weight[:, size:], halting, *options, records=plan.records)
+            outputs, steps, remainder, ctx.tape = out
+            steps = steps.t()
+            ctx.mark_non_differentiable(steps)
+            return outputs.transpose(0, 1), steps, remainder.t()
         state = tuple(weight.new_zeros(batch, width) for _ in range(plan.cell.states))
         outputs = weight.new_empty(length, batch, width)
         steps = inputs.new_zeros(length, batch, dtype=torch.int64)
         remainder = weight.new_zeros(length, batch)
         ends = lengths.tolist()
         tape: list[tuple[Tensor | None, list[_Step]]] = []
-        halting = None
-        if halting_weight is not None and halting_bias is not None:
-            halting = halting_weight[0] / width**0.5, halting_bias
         for time in range(length):
             rows = None if min(ends) > time else (lengths > time).nonzero()[:, 0]
             begin = state if rows is None else tuple(part[rows] for part in state)
@@ -112,9 +121,9 @@ class RecurrentLoop(torch.autograd.Function):
         """Gradients of the parameters, and of vectors where they ask for one."""
         _, weight, halting_weight = ctx.saved_tensors
         plan, tape, size = ctx.plan, ctx.tape, ctx.size
-        if isinstance(tape, native_recurrent.Tape):
-            given, of_rest, halting, halting_bias = native_recurrent.backward(tape, grad_BTH.transpose(0, 1), grad_left_BT.t())
-            return _gradients(ctx, given, of_rest, halting, halting_bias)
+        if ctx.whole is not None:
+            found = ctx.whole.backward(tape, grad_BTH.transpose(0, 1), grad_left_BT.t())
+            return _gradients(ctx, *found)
         total = _Gradients(weight[:, size:], halting_weight)
         grads = tuple(torch.zeros_like(grad_BTH[:, 0]) for _ in range(plan.cell.states))
         given_TBG = weight.new_zeros(grad_BTH.shape[1], len(grad_BTH), weight.shape[0])
@@ -136,21 +145,11 @@ class RecurrentLoop(torch.autograd.Function):
         return _gradients(ctx, given_TBG, of_rest, total.halting, total.halting_bias)
 
 
-def _compiled(
-    ctx: Any, lengths: Tensor, given_TBG: Tensor, weight: Tensor, halting_weight: Tensor | None, halting_bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward pass by native kernels; weight: columns of flag and state."""
-    plan: Plan = ctx.plan
-    halting = None
-    if halting_weight is not None and halting_bias is not None:
-        halting = halting_weight[0] / halting_weight.shape[1] ** 0.5, halting_bias.item()
-    name = next(name for name, cell in CELLS.items() if cell is plan.cell)
-    options = (plan.max_steps, plan.epsilon or 0.0)
-    out = native_recurrent.forward(name, lengths, given_TBG, weight, halting, *options, records=plan.records)
-    outputs, steps, remainder, ctx.tape = out
-    steps = steps.t()
-    ctx.mark_non_differentiable(steps)
-    return outputs.transpose(0, 1), steps, remainder.t()
+def _whole(weight: Tensor, given_TBG: Tensor) -> ModuleType | None:
+    """What computes a whole pass at once, if anything does; weight: columns of flag and state."""
+    if native.computes(weight, given_TBG):
+        return native_recurrent
+    return fused_recurrent if fused_recurrent.serves(weight, given_TBG) else None
 
 
 def _gradients(ctx: Any, given_TBG: Tensor, of_rest: Tensor, halting: Tensor, halting_bias: Tensor) -> tuple[Tensor | None, ...]:

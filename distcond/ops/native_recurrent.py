@@ -65,7 +65,7 @@ def forward(
     lengths_B: Tensor,
     given_TBG: Tensor,
     weight: Tensor,
-    halting: tuple[Tensor, float] | None,
+    halting: tuple[Tensor, Tensor] | None,
     max_steps: int,
     epsilon: float,
     *,
@@ -74,7 +74,7 @@ def forward(
     """Outputs [T, B, H], N int64 [T, B], R [T, B] and the tape.
 
     given_TBG: what inputs and biases give to the outputs of the matrix. weight [G, 1 + H]: its columns of the flag and of
-    the state, each row contiguous. halting: weights [H], scaled, and bias of the unit; None: `max_steps` for every row.
+    the state, each row contiguous. halting: weights [H], scaled, and bias [1] of the unit; None: `max_steps` for every row.
     records: whether backward follows; else the tape is empty.
     """
     (length, batch, outputs), width = given_TBG.shape, weight.shape[1] - 1
@@ -82,7 +82,7 @@ def forward(
     lengths_B, given_TBG = lengths_B.contiguous(), given_TBG.contiguous()
     states, remainder = given_TBG.new_empty(length, batch, width), given_TBG.new_zeros(length, batch)
     steps = torch.zeros(length, batch, dtype=torch.int64)
-    unit, bias = (halting[0].contiguous(), halting[1]) if halting else (given_TBG.new_zeros(0), 0.0)
+    unit, bias = (halting[0].contiguous(), halting[1].item()) if halting else (given_TBG.new_zeros(0), 0.0)
     net = _Net(
         batch=batch,
         length=length,

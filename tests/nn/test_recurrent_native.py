@@ -47,8 +47,8 @@ def results(model: Recurrent, x: Tensor, lengths: Tensor = LENGTHS) -> list[Tens
     x = x.detach().requires_grad_()
     model.zero_grad()
     logits, stats = model(x, lengths)
-    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
-    cost = stats.ponder_cost * torch.linspace(0.1, 1, len(stats.ponder_cost))
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3)).to(x.device)
+    cost = stats.ponder_cost * torch.linspace(0.1, 1, len(stats.ponder_cost), device=x.device)
     ((logits * weight).sum() + cost.sum() + (stats.remainder**2).sum()).backward()
     assert x.grad is not None
     found = [logits.detach(), stats.steps, stats.remainder.detach(), x.grad]
