@@ -11,7 +11,7 @@ import yaml  # type: ignore[import-untyped]
 
 from distcond.compose import compose, compose_node, override, to_dict
 from distcond.config import Config
-from distcond.data.tasks import shape_of
+from distcond.data.tasks import build_task, shape_of
 
 CONF = Path(__file__).parents[1] / "conf"
 FILES = sorted(file.relative_to(CONF).as_posix().removesuffix(".yaml") for file in CONF.glob("*/*.yaml"))
@@ -133,3 +133,13 @@ def test_graves_experiments_have_his_sizes_and_their_controls(name: str, control
     )
     assert config.model.cell == ("tanh" if name == "parity" else "lstm") and config.model.tree.depth == 0
     assert control or (config.model.halting.kind, config.model.halting.max_steps) == ("act", steps)
+
+
+@pytest.mark.parametrize("kind", ["act", "ponder", "fixed"])
+def test_extrapolation_is_judged_on_more_bits_than_are_trained(kind: str) -> None:
+    penalty = {} if kind == "act" else {"model.halting.time_penalty": None}
+    config = override(composed("experiment=parity_extrapolation"), {"model.halting.kind": kind, **penalty})
+    task = build_task(config.data)
+    trained, judged = (batch.inputs.sum(axis=2) for batch in (task.rows(0, 0, 500), task.validation_rows(0, 500)))
+    assert (trained.min(), trained.max(), judged.min(), judged.max()) == (1, 32, 33, 48)
+    assert task.input_size == 96

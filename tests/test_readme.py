@@ -52,7 +52,15 @@ def test_the_code_map_names_every_sub_package() -> None:
 
 
 @pytest.mark.parametrize(
-    "readme", ["README.md", "conf/README.md", "launch/README.md", "distcond/bench/README.md", "distcond/deploy/README.md"]
+    "readme",
+    [
+        "README.md",
+        "conf/README.md",
+        "launch/README.md",
+        "distcond/bench/README.md",
+        "distcond/deploy/README.md",
+        "distcond/nn/README.md",
+    ],
 )
 def test_links_lead_to_files(readme: str) -> None:
     file = ROOT / readme

@@ -51,6 +51,10 @@ class DataConfig:
     "parity: fewest and most entries that are not 0, e.g. [1,32]; empty: 1 to num_bits."
     validation_set_bits: list[int] = field(default_factory=list)
     "parity: the same for the validation set, e.g. [33,48] to see whether a run extrapolates; empty: as set_bits."
+    one_hot: bool = False
+    "parity: an entry is two inputs, whether it is 1 and whether it is -1; false: it is one, which is 1, -1 or 0."
+    uniform_ones: bool = False
+    "parity: any number of the entries that are not 0 is 1 in training, each as often; false: each is by the toss of a coin."
     max_length: int = 10
     "Most vectors of a sequence (logic, >= 1), numbers to add (addition, 1 to 10) or to sort (sort, >= 2)."
     max_gates: int = 10

@@ -35,10 +35,16 @@ def parity(
     scattered: bool = True,
     set_bits: Sequence[int] = (),
     validation_set_bits: Sequence[int] = (),
+    one_hot: bool = False,
+    uniform_ones: bool = False,
 ) -> GeneratedTask:
     """Is the number of ones in a vector odd?
 
     set_bits: fewest and most entries that are not 0, and of the validation set where they differ; empty: 1 and num_bits.
+    one_hot: inputs [B, 1, 2 num_bits], first which entries are +1, then which are -1. The number of ones is then linear in
+    them, and scattered bits are learned (distcond/nn/README.md).
+    uniform_ones: of n entries that are not 0 any number is +1 in training, 0 to n alike often, so that many ones are not rare;
+    false, and in validation always: each by the toss of a coin.
 
     inputs [B, 1, num_bits]: a random number of entries, 1 to num_bits, are +1 or -1, the others 0; scattered: they stand
     anywhere, else they are the first ones. The paper can be read either way, but its curves belong to the second: with 64
@@ -50,12 +56,18 @@ def parity(
     trained = tuple(set_bits) or (1, num_bits)
     validated = tuple(validation_set_bits) or trained
 
-    def draw(bits: tuple[int, ...], rng: np.random.Generator, size: int) -> Batch:
+    def draw(bits: tuple[int, ...], uniform: bool, rng: np.random.Generator, size: int) -> Batch:
         counts = rng.integers(bits[0], bits[1] + 1, (size, 1))
         chosen = (rng.random((size, num_bits)).argsort(axis=1) if scattered else np.arange(num_bits)) < counts
-        signs = 2 * rng.integers(0, 2, (size, num_bits)) - 1
+        if uniform:
+            order = np.where(chosen, rng.random((size, num_bits)), 2.0).argsort(axis=1).argsort(axis=1)
+            signs = np.where(order < rng.integers(0, counts + 1), 1, -1)
+        else:
+            signs = 2 * rng.integers(0, 2, (size, num_bits)) - 1
         inputs = np.where(chosen, signs, 0)
         targets = (inputs == 1).sum(axis=1) % 2
+        if one_hot:
+            inputs = np.concatenate([inputs == 1, inputs == -1], axis=1)
         return Batch(
             inputs[:, None, :].astype(np.float32),
             targets[:, None, None].astype(np.float32),
@@ -65,8 +77,9 @@ def parity(
 
     options: Options = {"num_bits": num_bits, "scattered": scattered, "set_bits": list(trained)}
     options["validation_set_bits"] = list(validated)
-    draws = partial(draw, trained), partial(draw, validated)
-    return GeneratedTask("parity", num_bits, 1, 1, draws[0], options, draw_validation=draws[1], measure="set_bits")
+    options |= {name: True for name, value in (("one_hot", one_hot), ("uniform_ones", uniform_ones)) if value}
+    size, draws = num_bits * (1 + one_hot), (partial(draw, trained, uniform_ones), partial(draw, validated, False))
+    return GeneratedTask("parity", size, 1, 1, draws[0], options, draw_validation=draws[1], measure="set_bits")
 
 
 def logic(max_length: int, max_gates: int) -> GeneratedTask:

@@ -42,6 +42,8 @@ GENERATED: dict[str, Callable[[DataConfig], GeneratedTask]] = {
         scattered=config.scattered,
         set_bits=config.set_bits,
         validation_set_bits=config.validation_set_bits,
+        one_hot=config.one_hot,
+        uniform_ones=config.uniform_ones,
     ),
     DataName.logic: lambda config: logic(config.max_length, config.max_gates),
     DataName.addition: lambda config: addition(config.max_length, config.max_digits),

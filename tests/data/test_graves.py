@@ -52,6 +52,27 @@ def test_the_number_of_set_bits_can_differ_in_validation() -> None:
     assert task.fingerprint() != alike.fingerprint()
 
 
+@pytest.mark.parametrize("uniform_ones", [False, True])
+def test_entries_of_parity_can_be_one_hot(uniform_ones: bool) -> None:
+    inputs = {
+        one_hot: parity(5, one_hot=one_hot, uniform_ones=uniform_ones).rows(0, 0, 200).inputs[:, 0] for one_hot in (False, True)
+    }
+    assert inputs[True].shape == (200, 10) and inputs[True].dtype == np.float32
+    assert np.array_equal(inputs[True], np.concatenate([inputs[False] == 1, inputs[False] == -1], axis=1))
+
+
+def test_ones_of_parity_can_be_as_often_many_as_few_in_training() -> None:
+    """30,000 rows: a share of 1/5 of a quarter of them has a standard error of 0.0046; the bound is four of them."""
+    task = parity(4, uniform_ones=True)
+    for vectors, is_even in ((task.rows(0, 0, 30_000).inputs[:, 0], True), (task.validation_rows(0, 30_000).inputs[:, 0], False)):
+        full = vectors[np.count_nonzero(vectors, axis=1) == 4]
+        shares = np.bincount((full == 1).sum(axis=1), minlength=5) / len(full)
+        wanted = np.full(5, 1 / 5) if is_even else np.array([1, 4, 6, 4, 1]) / 16
+        assert np.abs(shares - wanted).max() < 0.0185
+        assert np.abs((full == 1).mean(axis=0) - 1 / 2).max() < 0.03  # no place has more of them
+    assert task.fingerprint() != parity(4).fingerprint()
+
+
 def naive_logic(vectors: list[list[float]]) -> list[float]:
     targets: list[float] = []
     for vector in vectors:
