@@ -111,7 +111,9 @@ def test_trees_compute_what_the_linear_layers_they_grow_from_did(
     assert list(trees(learner)) == [name for name in ("qkv", "merge", "up", "down", "linear") if name in config.model.tree_layers]
     given, expected = answers(learner, config), answers(old, parent)
     torch.testing.assert_close(given, expected, **ROUNDING)
-    if family in {"transformer", "mlp"}:  # a dense recurrent cell multiplies its input for all ponder steps at once
+    # A dense recurrent cell multiplies its input for all ponder steps at once; a forest's products are narrower ones, which some
+    # processors sum in another order.
+    if family in {"transformer", "mlp"} and "model__tree__num_trees" not in tree:
         monkeypatch.setattr("distcond.ops.path.TOKENS_PER_MERGED_NODE", 10**9)
         assert torch.equal(answers(learner, config), expected)  # the same product, and zeros added to it
     assert not torch.equal(answers(learner_for(config, LocalFeeder(config, rank=0, world_size=1).task).eval(), config), given)
