@@ -44,9 +44,9 @@ def _with_commas(size: str) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """The innermost line of this package that took part, and what it was doing."""
+    """The innermost line of a named function of this package that took part, and what it was doing."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(PACKAGE)]
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(PACKAGE) and not frame.name.startswith("<")]
     if not ours:
         return "an unknown place"
     frame = ours[-1]

@@ -72,7 +72,6 @@ class RecurrentLoop(torch.autograd.Function):
         """Vectors [B, T, I] or classes [B, T], lengths int64 [B], the cell's matrix [G, I + 1 + H] and bias [G], the halting
         unit's weight [1, H] and bias [1] (None: no halting) -> outputs [B, T, H]; N int64 and R, [B, T], 0 beyond lengths.
         """
-        batch, length = inputs.shape[:2]
         width = weight.shape[0] // plan.cell.gates
         size = weight.shape[1] - width - 1
         given_TBG = _input_part(inputs, weight[:, :size], bias)
@@ -86,31 +85,9 @@ class RecurrentLoop(torch.autograd.Function):
             name = next(name for name, cell in CELLS.items() if cell is plan.cell)
             options = (plan.max_steps, plan.epsilon or 0.0)
             out = ctx.whole.forward(name, lengths, given_TBG, weight[:, size:], halting, *options, records=plan.records)
-            outputs, steps, remainder, ctx.tape = out
-            steps = steps.t()
-            ctx.mark_non_differentiable(steps)
-            return outputs.transpose(0, 1), steps, remainder.t()
-        state = tuple(weight.new_zeros(batch, width) for _ in range(plan.cell.states))
-        outputs = weight.new_empty(length, batch, width)
-        steps = inputs.new_zeros(length, batch, dtype=torch.int64)
-        remainder = weight.new_zeros(length, batch)
-        ends = lengths.tolist()
-        tape: list[tuple[Tensor | None, list[_Step]]] = []
-        for time in range(length):
-            rows = None if min(ends) > time else (lengths > time).nonzero()[:, 0]
-            begin = state if rows is None else tuple(part[rows] for part in state)
-            record: list[_Step] = []
-            if len(begin[0]):
-                given = given_TBG[time] if rows is None else given_TBG[time, rows]
-                mean, taken, left = _ponder(plan, begin, given, weight[:, size:], halting, record)
-                if rows is None:
-                    state, steps[time], remainder[time] = mean, taken, left
-                else:
-                    state = tuple(part.index_copy(0, rows, new) for part, new in zip(state, mean, strict=True))
-                    steps[time, rows], remainder[time, rows] = taken, left
-            outputs[time] = state[0]
-            tape.append((rows, record))
-        ctx.tape = tape
+        else:
+            out = _loop(plan, lengths, given_TBG, weight[:, size:], halting)
+        outputs, steps, remainder, ctx.tape = out
         steps = steps.t()
         ctx.mark_non_differentiable(steps)
         return outputs.transpose(0, 1), steps, remainder.t()
@@ -143,6 +120,35 @@ class RecurrentLoop(torch.autograd.Function):
         total.flush()
         of_rest = torch.cat([total.flag[:, None], total.state], dim=1)
         return _gradients(ctx, given_TBG, of_rest, total.halting, total.halting_bias)
+
+
+def _loop(
+    plan: Plan, lengths: Tensor, given_TBG: Tensor, weight: Tensor, halting: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor | None, list[_Step]]]]:
+    """Outputs [T, B, H], N and R [T, B] and the tape, by operators of torch; weight: columns of flag and state."""
+    length, batch, _ = given_TBG.shape
+    width = weight.shape[1] - 1
+    state = tuple(weight.new_zeros(batch, width) for _ in range(plan.cell.states))
+    outputs = weight.new_empty(length, batch, width)
+    steps = torch.zeros(length, batch, dtype=torch.int64, device=weight.device)
+    remainder = weight.new_zeros(length, batch)
+    ends = lengths.tolist()
+    tape: list[tuple[Tensor | None, list[_Step]]] = []
+    for time in range(length):
+        rows = None if min(ends) > time else (lengths > time).nonzero()[:, 0]
+        begin = state if rows is None else tuple(part[rows] for part in state)
+        record: list[_Step] = []
+        if len(begin[0]):
+            given = given_TBG[time] if rows is None else given_TBG[time, rows]
+            mean, taken, left = _ponder(plan, begin, given, weight, halting, record)
+            if rows is None:
+                state, steps[time], remainder[time] = mean, taken, left
+            else:
+                state = tuple(part.index_copy(0, rows, new) for part, new in zip(state, mean, strict=True))
+                steps[time, rows], remainder[time, rows] = taken, left
+        outputs[time] = state[0]
+        tape.append((rows, record))
+    return outputs, steps, remainder, tape
 
 
 def _whole(weight: Tensor, given_TBG: Tensor) -> ModuleType | None:

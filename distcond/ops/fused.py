@@ -120,7 +120,8 @@ def _multiply(y_TP: Tensor, x_TQ: Tensor, path: TreePath, level: int, weight_GPQ
     _kernels().product[(_ceil(len(y_TP), rows), _ceil(width_out, columns))](
         x_TQ, weight_GPQ, bias_GP, y_TP, path.order_T, path.number_LT[level], path.nodes.bounds[level], len(y_TP), width_in,
         width_out, x_TQ.stride(0), *weight_GPQ.stride(), width_out, y_TP.stride(0),
-        trees=len(y_TP) // len(x_TQ), has_bias=bias_GP is not None, precision=_precision(), BM=rows, BN=columns, BK=inner,
+        trees=len(y_TP) // len(x_TQ), has_bias=bias_GP is not None, precision=fused_rows.precision(),
+        BM=rows, BN=columns, BK=inner,
     )  # fmt: skip
 
 
@@ -140,7 +141,7 @@ def _level_changes(
         x_TQ, grad_TP, nodes.weight_SPQ, nodes.bias_SP, change_TK, path.order_T, path.number_LT, rows.flat_N, wanted,
         len(change_TK), x_TQ.shape[1], grad_TP.shape[1], x_TQ.stride(0), grad_TP.stride(0), nodes.weight_SPQ.stride(0),
         nodes.bias_SP.stride(0), change_TK.stride(0),
-        trees=len(change_TK) // len(x_TQ), precision=_precision(), BM=tile, BN=64, BK=32,
+        trees=len(change_TK) // len(x_TQ), precision=fused_rows.precision(), BM=tile, BN=64, BK=32,
     )  # fmt: skip
 
 
@@ -171,7 +172,7 @@ def _outer(weight_GPQ: Tensor, bias_GP: Tensor, x_TQ: Tensor, grad_TP: Tensor, p
     _kernels().outer[(parts * groups, blocks)](
         grad_TP, x_TQ, weight, bias, path.order_T, flat.start_N[first:], flat.counts.flat_N[first:], groups, outputs, inputs,
         grad_TP.stride(0), x_TQ.stride(0), weight.stride(0), bias.stride(0),
-        trees=len(grad_TP) // len(x_TQ), parts=parts, precision=_precision(), BM=rows, BN=columns,
+        trees=len(grad_TP) // len(x_TQ), parts=parts, precision=fused_rows.precision(), BM=rows, BN=columns,
         BT=min(64, _power(max(16, len(grad_TP) // groups))),
     )  # fmt: skip
     if parts > 1:
@@ -233,11 +234,6 @@ def _kernels() -> ModuleType:
 def _tile_rows(mean: float) -> int:
     """Rows of a tile: about half of what a group has, so that most tiles are of one or two groups."""
     return min(128, max(16, _power(int(mean)) // 2))
-
-
-def _precision() -> str:
-    is_exact = torch.get_float32_matmul_precision() == "highest"
-    return ("ieee" if torch.version.hip else "tf32x3") if is_exact else "tf32"
 
 
 def _power(number: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distcond.ops import fused_rows
 
-CELLS = {"tanh": (1, 1, 1), "lstm": (2, 4, 5), "gru": (1, 4, 4)}
+CELLS = {"tanh": (1, 1, 0), "lstm": (2, 4, 5), "gru": (1, 4, 4)}
 "States, gates and tensors kept of each step, in the order of the kernels' numbers."
 ROWS = 16
 "Sequences of a program: the fewest that tensor cores multiply."
@@ -75,7 +75,7 @@ def forward(
     while True:
         frames = given_TBG.new_empty(programs, length + room + 3, states, ROWS, width)
         frames[:, 0] = 0.0
-        made = given_TBG.new_empty(programs, room + 2, saved if cell != "tanh" else 0, ROWS, width)
+        made = given_TBG.new_empty(programs, room + 2, saved, ROWS, width)
         marks = given_TBG.new_empty(programs, room, 3, ROWS)
         _kernels().forward[(programs,)](
             given_TBG, by_unit, flag, unit, bias, lengths_B, frames, made, marks, steps, remainder, taken, used,
@@ -116,14 +116,13 @@ def backward(tape: Tape, grad_TBH: Tensor, grad_left_TB: Tensor) -> tuple[Tensor
 
 def _options(cell: str, width: int, *, is_forward: bool) -> dict[str, object]:
     states, gates, saved = CELLS[cell]
-    precision = "tf32" if torch.get_float32_matmul_precision() != "highest" else "tf32x3"
     is_small = width <= SMALL
     if is_forward:
         units, inner, stages = (32, 64, 3) if is_small else (64, 32, 2)
     else:
         units, inner, stages = (64, 128, 3) if is_small else (128, 64, 3)
     return {
-        "cell": list(CELLS).index(cell), "states": states, "gates": gates, "saved": saved, "precision": precision,
+        "cell": list(CELLS).index(cell), "states": states, "gates": gates, "saved": saved, "precision": fused_rows.precision(),
         "BM": ROWS, "BN": units, "BK": inner, "num_warps": 8, "num_stages": stages,
     }  # fmt: skip
 

@@ -42,6 +42,12 @@ def is_working(device: torch.device) -> bool:
     return True
 
 
+def precision() -> str:
+    """How fp32 factors are multiplied: as exactly as fp32, or as torch may (`torch.set_float32_matmul_precision`)."""
+    is_exact = torch.get_float32_matmul_precision() == "highest"
+    return ("ieee" if torch.version.hip else "tf32x3") if is_exact else "tf32"
+
+
 def leaf_of(gates_TMK: Tensor) -> Tensor:
     """`tree_leaf`."""
     gates_TMK, (tokens, trees, depth) = gates_TMK.detach().contiguous(), gates_TMK.shape
