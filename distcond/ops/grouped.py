@@ -37,6 +37,22 @@ def grouped_product(x_TQ: Tensor, matrices: Iterable[Tensor | None], width: int,
     return out_TP
 
 
+def grouped_affine(
+    x_TQ: Tensor, matrices: Iterable[Tensor | None], biases: Iterable[Tensor | None], width: int, sizes: Sequence[int]
+) -> Tensor:
+    """x @ matrix + bias of each group, [T, width]; the matrix of a group is [Q, width], None for rows of zeros.
+
+    A matrix is used before the next one is asked for.
+    """
+    out_TP = x_TQ.new_empty(len(x_TQ), width)
+    for matrix_QP, bias_P, out, x in zip(matrices, biases, out_TP.split(sizes), x_TQ.split(sizes), strict=True):
+        if matrix_QP is None or bias_P is None:
+            out.zero_()
+        else:
+            torch.addmm(bias_P, x, matrix_QP, out=out)
+    return out_TP
+
+
 def grouped_outer(out_GPQ: Tensor, left_TP: Tensor, right_TQ: Tensor, sizes: Sequence[int]) -> None:
     """Write the sum of outer products of the rows of each group, left^T @ right, to `out`."""
     for out, left, right in zip(out_GPQ.unbind(), left_TP.split(sizes), right_TQ.split(sizes), strict=True):

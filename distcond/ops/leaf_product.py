@@ -3,10 +3,10 @@
 Legend: V tokens (one for each tree), T rows that they are made of, Q in, P out of one tree, L leaves.
 """
 
-import torch
 from torch import Tensor
 
 from distcond.ops import native
+from distcond.ops.grouped import grouped_affine
 from distcond.ops.path import TreePath
 
 
@@ -19,9 +19,7 @@ def leaf_product(x_TQ: Tensor, path: TreePath, weight_LQP: Tensor, bias_LP: Tens
     if native.computes(x_TQ, weight_LQP):
         return native.leaf_product(x_TQ, path, weight_LQP, bias_LP)
     level = path.levels[0]
-    sorted_VQ = path.in_order(x_TQ)
-    out_VP = sorted_VQ.new_empty(len(sorted_VQ), bias_LP.shape[1])
-    for leaf, x, out in zip(level.nodes_G.tolist(), sorted_VQ.split(level.sizes), out_VP.split(level.sizes), strict=True):
-        if leaf < len(weight_LQP):
-            torch.addmm(bias_LP[leaf], x, weight_LQP[leaf], out=out)
-    return out_VP.index_select(0, path.place_T)
+    leaves = [leaf if leaf < len(weight_LQP) else None for leaf in level.nodes_G.tolist()]
+    matrices = (None if leaf is None else weight_LQP[leaf] for leaf in leaves)
+    biases = (None if leaf is None else bias_LP[leaf] for leaf in leaves)
+    return grouped_affine(path.in_order(x_TQ), matrices, biases, bias_LP.shape[1], level.sizes).index_select(0, path.place_T)

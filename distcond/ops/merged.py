@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from distcond.ops.grouped import grouped_product
+from distcond.ops.grouped import grouped_affine, grouped_product
 from distcond.ops.path import Level, pick
 
 
@@ -21,15 +21,12 @@ def merged_product(x_TQ: Tensor, levels: Sequence[Level], rows: Sequence[Tensor]
 
     levels, rows: from the roots to the last merged level; rows of -1 are nodes of zeros. Every root exists.
     """
-    out_TP, sizes = x_TQ.new_empty(len(x_TQ), bias_SP.shape[1]), levels[-1].sizes
     bias_GP = bias_SP.index_select(0, rows[0])
     for level, rows_G in zip(levels[1:], rows[1:], strict=True):
         node_GP = torch.where(rows_G[:, None] >= 0, bias_SP.index_select(0, rows_G.clamp(min=0)), 0.0)
         bias_GP = node_GP.add_(bias_GP.index_select(0, level.parent_G))
-    sums = path_sums(levels, rows, weight_SPQ)
-    for weight_PQ, bias_P, out, x in zip(sums, bias_GP.unbind(), out_TP.split(sizes), x_TQ.split(sizes), strict=True):
-        torch.addmm(bias_P, x, weight_PQ.t(), out=out)
-    return out_TP
+    matrices = (weight_PQ.t() for weight_PQ in path_sums(levels, rows, weight_SPQ))
+    return grouped_affine(x_TQ, matrices, bias_GP.unbind(), bias_SP.shape[1], levels[-1].sizes)
 
 
 def merged_product_backward(grad_TP: Tensor, levels: Sequence[Level], rows: Sequence[Tensor], weight_SPQ: Tensor) -> Tensor:
