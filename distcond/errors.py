@@ -29,3 +29,7 @@ class TrainingError(Exception):
 
     Raised by a rank, it says that to start the ranks again would not help.
     """
+
+
+class LostError(TrainingError):
+    """A run whose processes were ended by somebody else, so that none of them could say why."""

@@ -186,7 +186,7 @@ def train_here(config: Config, make_feeder: Callable[[Config, int, int], Feeder]
 
 def folder_of(config: Config) -> RunFolder:
     """The folder of a run, ready to be written to."""
-    folder = RunFolder(Path(config.run.dir) / config.run.name)
+    folder = RunFolder.of(config)
     folder.logs.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -37,5 +37,5 @@ def check_start(configs: Sequence[Config]) -> str:
 
 
 def _has_begun(config: Config) -> bool:
-    folder = RunFolder(Path(config.run.dir) / config.run.name)
+    folder = RunFolder.of(config)
     return bool(config.run.name) and any(folder.checkpoints.glob("step_*"))

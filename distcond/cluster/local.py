@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -69,7 +70,7 @@ def _started(cluster: ClusterConfig, logs: Path) -> Iterator[Room]:
     room = _machine_room(cluster)
     before = set(_descendants())
     _make_token()
-    with _temporary_folder() as folder, _environment(SETTINGS), _closed_to_others():
+    with _temporary_folder() as folder, _environment(SETTINGS), _closed_to_others(), _out_of_our_group():
         try:
             ray.init(
                 address="local",
@@ -256,6 +257,23 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _out_of_our_group() -> Iterator[None]:
+    """Ray's processes that are started inside are no members of our process group.
+
+    Whoever signals that group, as `timeout` does, asks us to save a checkpoint, for which Ray is needed. NOTE: Ray 2.60
+    itself keeps from them SIGINT alone.
+    """
+    from ray._private import services
+
+    before = services.ConsolePopen
+    services.ConsolePopen = partial(before, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before
 
 
 def _make_token() -> None:

@@ -1,6 +1,7 @@
 """What the user sees while a run is on: a bar that follows RUN/metrics.jsonl, or plain lines where there is no terminal."""
 
 import json
+import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,9 @@ from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
+
+from distcond.redaction import redact
+from distcond.train.run_folder import is_there
 
 PLAIN_INTERVAL_S = 5.0
 "The least time between two lines where there is no terminal."
@@ -27,20 +31,29 @@ FIGURES = {
 
 
 class Tail:
-    """The lines that a file gains from now on, or all of them; it may not exist yet, and may be cut back."""
+    """The lines that a file gains from now on, or all of them.
+
+    It may not exist yet. Where another file takes its place, as metrics that are cut back do, all lines of that one are new.
+    """
 
     def __init__(self, file: Path, *, whole: bool = False) -> None:
         self._file = file
-        self._position = file.stat().st_size if file.exists() and not whole else 0
+        self._inode, self._position = -1, 0
+        if not whole and is_there(file):
+            status = file.stat()
+            self._inode, self._position = status.st_ino, status.st_size
 
     def read(self) -> list[str]:
-        """Complete lines that are new since the last call."""
-        if not self._file.exists():
+        """Complete lines that are new since the last call; none where storage does not answer."""
+        try:
+            with self._file.open("rb") as stream:
+                inode = os.fstat(stream.fileno()).st_ino
+                position = min(self._position if inode == self._inode else 0, stream.seek(0, os.SEEK_END))
+                stream.seek(position)
+                text = stream.read()
+        except OSError:
             return []
-        with self._file.open("rb") as stream:
-            self._position = min(self._position, stream.seek(0, 2))
-            stream.seek(self._position)
-            text = stream.read()
+        self._inode, self._position = inode, position
         text = text[: text.rfind(b"\n") + 1]
         self._position += len(text)
         return text.decode().splitlines()
@@ -79,14 +92,15 @@ class Progress:
 
     def note(self, line: str) -> None:
         """A line that stays on the screen."""
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(redact(line), markup=False, highlight=False, soft_wrap=True)
 
     def poll(self) -> None:
         """Show the rows that are new in the file."""
-        for line in self._rows.read():
-            row = json.loads(line)
+        rows = [json.loads(line) for line in self._rows.read()]
+        for row in rows:
             self._figures |= {key: value for key, value in row.items() if value is not None}
-            self._first = self._first or (int(row["step"]), time.monotonic())
+        if rows:
+            self._first = self._first or (self._step, time.monotonic())
             self._is_shown = False
         self._show_line()
 

@@ -39,6 +39,7 @@ from distcond.cluster.memory import NoMemoryError, kernel_kills
 from distcond.cluster.policy import LOST, OUT_OF_MEMORY, SILENT, Room, restart_line, should_restart, waiting_line
 from distcond.cluster.pulse import StuckError
 from distcond.errors import TrainingError, UserError
+from distcond.redaction import redact
 
 ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 "Seconds between looks at the workers (Ray: 2), which is how soon an end, an error or a lost worker is noticed."
@@ -199,12 +200,12 @@ def _one_line(error: Exception, lost: str) -> str:
     if isinstance(error, WorkerHealthCheckFailedError):
         error = error.health_check_failure
     if isinstance(error, (NoMemoryError, StuckError)):
-        return str(error)
+        return redact(str(error))
     if isinstance(error, OutOfMemoryError):  # Ray's: it watches the memory of a node, and kills before the kernel would
         return f"{OUT_OF_MEMORY}: its node is full, so that Ray ended it"
     if isinstance(error, WorkerHealthCheckTimeoutError):
         return SILENT
     if isinstance(error, RayActorError):
         return lost
-    text = " ".join(str(error).split())
+    text = redact(" ".join(str(error).split()))
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -19,7 +19,7 @@ from distcond.data.tasks import shape_of
 from distcond.errors import RunError
 from distcond.pareto import pareto_front
 from distcond.train.fits import cost_of
-from distcond.train.run_folder import check_continues
+from distcond.train.run_folder import RunFolder, check_continues
 
 STEPS = "val/ponder/steps"
 "Mean ponder steps executed on the validation set."
@@ -52,7 +52,7 @@ class Trial:
     @property
     def folder(self) -> Path:
         """Absolute run folder."""
-        return Path(self.config.run.dir) / self.config.run.name
+        return RunFolder.of(self.config).path
 
     @property
     def error_file(self) -> Path:

@@ -1,6 +1,5 @@
 """The whole of `distcond train`: a run folder, Ray, one worker per rank, and three closing lines on the screen."""
 
-import json
 import os
 import shlex
 import shutil
@@ -23,14 +22,14 @@ from distcond.cluster.host import LOOPBACK, data_identity, this_host
 from distcond.cluster.initial import check_start
 from distcond.cluster.local import preflight, ray_session
 from distcond.cluster.notes import passed_on
-from distcond.cluster.policy import LESS_MEMORY, OUT_OF_MEMORY, ask_of, culprits, failure_line, threads_per_worker
+from distcond.cluster.policy import LESS_MEMORY, LOST, OUT_OF_MEMORY, ask_of, culprits, failure_line, threads_per_worker
 from distcond.cluster.progress import Progress, Tail, duration
 from distcond.compose import load_config, override, save_config, to_dict
 from distcond.config import Config
 from distcond.data import absolute_paths, build_task
-from distcond.errors import RunError, TrainingError, UserError
+from distcond.errors import LostError, RunError, TrainingError, UserError
 from distcond.train.deepspeed_options import deepspeed_options
-from distcond.train.run_folder import RunFolder, check_continues, parent_of
+from distcond.train.run_folder import RunFolder, check_continues, is_there, parent_of
 
 if TYPE_CHECKING:
     from distcond.cluster.controller import Job
@@ -44,6 +43,8 @@ LOST_RANKS_S = 60.0
 "How much longer than cluster.hang_timeout_s ranks on a lost host, which then end themselves, are waited for."
 STATUS_INTERRUPTED = 130
 "Exit status after a second Ctrl-C, as shells have it."
+ECHO_S = 2.0
+"SIGTERMs this close are one: `timeout` and others signal a command and then its process group, which it is in."
 RESTARTS = "restarts.log"
 "In the folder of logs: a line for the user at each restart of the workers."
 
@@ -62,7 +63,7 @@ def prepare_run(config: Config) -> Path:
     """
     if config.run.fork:
         raise RunError("run.fork=true starts one new run by `distcond train`; leave it out here.")
-    folder = run_folder(config)
+    folder = RunFolder.of(config)
     with folder.locked():
         if folder.config_file.exists():
             check_continues(load_config(folder.config_file), config, folder.path)
@@ -70,11 +71,6 @@ def prepare_run(config: Config) -> Path:
         folder.stop_file.unlink(missing_ok=True)
         save_config(config, folder.config_file)
     return folder.path
-
-
-def run_folder(config: Config) -> RunFolder:
-    """The folder of a named configuration."""
-    return RunFolder(Path(config.run.dir) / config.run.name)
 
 
 def fit(
@@ -90,7 +86,7 @@ def fit(
     from distcond.cluster.controller import Job, start_controller
     from distcond.cluster.worker import Rank
 
-    folder, ask, here = run_folder(config), ask_of(config.cluster), ray.util.get_node_ip_address()
+    folder, ask, here = RunFolder.of(config), ask_of(config.cluster), ray.util.get_node_ip_address()
     started_file, proof_file, proof = folder.logs / "started", folder.logs / "proof", uuid.uuid4().hex
     rank = Rank(
         config=config,
@@ -137,25 +133,25 @@ def _follow(job: "Job", folder: RunFolder, outcome: Any, wait_for: Callable[[str
 
     is_training = False
     while not ray.wait([outcome], timeout=POLL_INTERVAL_S)[0]:
-        if job.started_file.exists() != is_training:
+        if is_there(job.started_file) != is_training:
             is_training = not is_training
             wait_for("the first figures" if is_training else f"{job.ask.num_workers} workers")
-        if not is_training and folder.stop_file.exists():
-            before = json.loads(folder.summary_file.read_text()) if folder.summary_file.exists() else {}
-            return {**before, "stopped": True}
+        if not is_training and is_there(folder.stop_file):
+            return {**folder.summary(), "stopped": True}
     try:
         end = ray.get(outcome)
     except OutOfMemoryError as error:
         what = "the process that watches the workers: its node is full, so that Ray ended it"
         raise TrainingError(f"{OUT_OF_MEMORY}: {what}; {LESS_MEMORY}; see {folder.logs}.") from error
     except RayError as error:
-        raise TrainingError(f"the process that watches the workers failed; see {folder.logs}.") from error
+        raise LostError(f"the process that watches the workers failed; see {folder.logs}.") from error
     if end.last_word is not None:
         raise end.last_word
     if end.error:
         what = failure_line(end.failures) if end.failures else end.error.splitlines()[-1]
         log = f"rank_{culprits(end.failures)[0]}.log" if end.failures else "ray_driver.log"
-        raise TrainingError(f"{what}; see {folder.logs / log}.")
+        is_lost = not end.failures or end.failures[culprits(end.failures)[0]] == LOST
+        raise (LostError if is_lost else TrainingError)(f"{what}; see {folder.logs / log}.")
     summary: dict[str, Any] = end.summary
     return summary
 
@@ -179,8 +175,13 @@ def launch(config: Config) -> dict[str, Any]:
     if start_line:
         console.print(start_line, markup=False, highlight=False, soft_wrap=True)
     prepare_run(config)
-    folder = run_folder(config)
-    has_ray, num_signals = threading.Event(), 0
+    folder = RunFolder.of(config)
+    if _is_complete(folder, config.train.max_steps):
+        console.print(f"All of train.max_steps={config.train.max_steps} are done already.", markup=False, highlight=False)
+        summary = folder.summary()
+        _show_end(console, folder, summary, config.train.max_steps, time.monotonic() - start)
+        return summary
+    has_ray, num_signals, is_asked = threading.Event(), 0, False
     with _signals() as count_signals, Progress(console, folder.metrics, config.train.max_steps) as progress:
         run = _in_thread(partial(_run, config, progress.wait_for, progress.note, has_ray))
         restarts = Tail(folder.logs / RESTARTS)
@@ -191,27 +192,54 @@ def launch(config: Config) -> dict[str, Any]:
             num_signals = count_signals()
             if num_signals > (1 if has_ray.is_set() else 0):
                 _end_at_once(progress)
-            if num_signals and not folder.stop_file.exists():
-                folder.stop_file.touch()
-                progress.note("Stopping, after this step and a checkpoint; once more stops at once, without them.")
+            if num_signals and not is_asked:
+                is_asked = _ask_to_stop(folder, progress)
     try:
         summary = run.result()
     except UserError:
         if is_fork and not folder.metrics.exists():
             shutil.rmtree(folder.path)  # what cannot be loaded is no run
         raise
-    except TrainingError:
+    except LostError:
         if not num_signals:
             raise
         # Whoever ended this run ended Ray's processes by the same signal, e.g. systemd or `timeout`.
-        before = json.loads(folder.summary_file.read_text()) if folder.summary_file.exists() else {}
-        summary = {**before, "stopped": True}
+        summary = {**folder.summary(), "stopped": True}
         console.print("Stopped without a checkpoint, for Ray's processes were ended too.", markup=False, highlight=False)
-    for line in closing_lines(folder.path, summary, config.train.max_steps, time.monotonic() - start):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    _show_end(console, folder, summary, config.train.max_steps, time.monotonic() - start)
     if summary.get("stopped"):
         raise KeyboardInterrupt
     return summary
+
+
+def _ask_to_stop(folder: RunFolder, progress: Progress) -> bool:
+    """Whether the workers can see that they are asked; of storage that does not let them, the next look tries again."""
+    try:
+        folder.stop_file.touch()
+    except OSError:
+        return False
+    progress.note("Stopping, after this step and a checkpoint; once more stops at once, without them.")
+    return True
+
+
+def _is_complete(folder: RunFolder, max_steps: int) -> bool:
+    """Whether the newest checkpoint is intact and of the last step, so that there is nothing to start Ray for."""
+    summary = folder.summary()
+    if summary.get("stopped", True) or summary.get("step", 0) < max_steps:
+        return False
+    # NOTE: torch, which reads checkpoints, takes 2 s to import.
+    from distcond.train.checkpoint import newest_checkpoint, read_state
+
+    try:
+        checkpoint, damaged = newest_checkpoint(folder.checkpoints)
+    except RunError:
+        return False
+    return checkpoint is not None and not damaged and read_state(checkpoint)["step"] >= max_steps
+
+
+def _show_end(console: Console, folder: RunFolder, summary: Mapping[str, Any], max_steps: int, seconds: float) -> None:
+    for line in closing_lines(folder.path, summary, max_steps, seconds):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def closing_lines(path: Path, summary: Mapping[str, Any], max_steps: int, seconds: float) -> list[str]:
@@ -231,15 +259,15 @@ def _forked(config: Config, console: Console) -> Config:
     # NOTE: torch, which reads checkpoints, takes 2 s to import; nothing else here needs it.
     from distcond.train.fork import fork_run
 
-    old = run_folder(config).config_file
+    old = RunFolder.of(config).config_file
     if config.train.init_from and old.is_file() and load_config(old).train.init_from != config.train.init_from:
         raise RunError(
             f"run.fork=true starts from a checkpoint of run.name={config.run.name}, train.init_from={config.train.init_from} "
             "from another; leave one of them out."
         )
-    forked, step = fork_run(config)
-    line = f"fork  {config.run.name} at step {step} goes on as run.name={forked.run.name}"
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    show = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    forked, step = fork_run(config, show)
+    show(f"fork  {config.run.name} at step {step} goes on as run.name={forked.run.name}")
     return forked
 
 
@@ -247,7 +275,7 @@ def _run(
     config: Config, wait_for: Callable[[str], None], tell: Callable[[str], None], has_ray: threading.Event
 ) -> dict[str, Any]:
     wait_for("Ray")
-    with ray_session(config.cluster, run_folder(config).logs):
+    with ray_session(config.cluster, RunFolder.of(config).logs):
         has_ray.set()
         return fit(config, wait_for=wait_for, tell=tell)
 
@@ -274,12 +302,18 @@ def _signals() -> Iterator[Callable[[], int]]:
     """
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.getsignal(number) for number in numbers}
-    received: list[int] = []
+    count, last = 0, {int(number): -ECHO_S for number in numbers}
+
+    def hear(number: int, frame: object) -> None:
+        nonlocal count
+        now = time.monotonic()
+        count += number == signal.SIGINT or now - last[number] >= ECHO_S
+        last[number] = now
 
     def listen() -> int:
         for number in numbers:
-            signal.signal(number, lambda number, frame: received.append(number))
-        return len(received)
+            signal.signal(number, hear)
+        return count
 
     try:
         listen()

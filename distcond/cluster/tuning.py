@@ -22,6 +22,7 @@ from distcond.cluster.progress import Tail
 from distcond.cluster.sweep_report import Memory, Trial, quality_metric
 from distcond.cluster.trainer import fit, prepare_run
 from distcond.config import Config
+from distcond.redaction import redact
 from distcond.train.run_folder import RunFolder
 
 HEAD = "node:__internal_head__"
@@ -151,7 +152,7 @@ class Driver(tune.Trainable):  # type: ignore[misc]  # Ray is untyped
             self._last = self._validations.popleft()
             return self._last
         if self._error is not None:
-            self._trial.error_file.write_text(" ".join(str(self._error).split()), encoding="utf-8")
+            self._trial.error_file.write_text(redact(" ".join(str(self._error).split())), encoding="utf-8")
             raise self._error
         return {**self._last, "done": True}
 

@@ -63,7 +63,7 @@ class Rank:
         rank, world_size = context.get_world_rank(), context.get_world_size()
         check_storage(self.proof_file, self.proof, self.config.run.dir, this_host(here), self.head)
         _end_with_parent()
-        _log_to(_folder(self.config).logs / f"rank_{rank}.log", rank)
+        _log_to(RunFolder.of(self.config).logs / f"rank_{rank}.log", rank)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR=address, MASTER_PORT=str(port))
         os.environ.update(LOCAL_RANK=str(context.get_local_rank()), LOCAL_WORLD_SIZE=str(context.get_local_world_size()))
         has_gpu = self.config.cluster.gpus_per_worker > 0
@@ -91,7 +91,7 @@ class Rank:
             check_data(self.config, self.data, this_host(here), self.head)
         feeder = RayFeeder(self.config, rank, context.get_world_size())
         pulse = Pulse(feeder, self.config.cluster.hang_timeout_s, _give_up)
-        folder = _folder(self.config)
+        folder = RunFolder.of(self.config)
         try:
             import torch
 
@@ -113,7 +113,7 @@ class Rank:
 
     def _note(self, line: str) -> None:
         log.warning("%s", line)
-        post(str(_folder(self.config).path), line)
+        post(str(RunFolder.of(self.config).path), redact(line))
 
 
 def _end_with_parent() -> None:
@@ -137,10 +137,6 @@ def _error_queue() -> Any:
     from ray.train.v2._internal.execution.context import get_train_context
 
     return get_train_context().execution_context.training_thread_runner.get_exception_queue()
-
-
-def _folder(config: Config) -> RunFolder:
-    return RunFolder(Path(config.run.dir) / config.run.name)
 
 
 def _log_to(file: Path, rank: int) -> None:

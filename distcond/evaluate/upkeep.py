@@ -2,14 +2,14 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from distcond.compose import compose_node, to_dict
 from distcond.config import Config, DataName
-from distcond.train.run_folder import RunFolder
+from distcond.train.run_folder import RunFolder, find_parent, flat
 
 WHERE = ("run", "tracking", "sweep", "seed")
 "Sections that say where a run is kept and shown, and its seed: not what it is."
@@ -50,7 +50,7 @@ def settings_changed(config: Config) -> dict[str, Any]:
     chosen = {group: name for group, name in names.items() if name != default[f"{group}.name"]}
     has_file = {"model": config.model.is_shipped, "data": config.data.name in {*DataName}}
     before = _composed(*(f"{group}={name}" for group, name in chosen.items() if has_file[group]))
-    own = _flat(to_dict(config))
+    own = flat(to_dict(config))
     keys = sorted(own.keys() | before.keys())
     return chosen | {key: own.get(key) for key in keys if own.get(key) != before.get(key) and not _is_where(key)}
 
@@ -58,7 +58,8 @@ def settings_changed(config: Config) -> dict[str, Any]:
 @cache
 def _composed(*options: str) -> dict[str, Any]:
     """What these options of groups give, by dotted key."""
-    return _flat(compose_node(options))
+    values = flat(compose_node(options)).items()
+    return {key: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value for key, value in values}
 
 
 def seeds_beside(folder: RunFolder, metric: str) -> dict[str, dict[str, Any]]:
@@ -74,7 +75,7 @@ def seeds_beside(folder: RunFolder, metric: str) -> dict[str, dict[str, Any]]:
         if {**theirs, **dict.fromkeys(WHERE)} != {**mine, **dict.fromkeys(WHERE)}:
             continue
         seed, steps = theirs.get("seed", "").strip(), re.search(r"^  max_steps: (\d+)$", theirs.get("train", ""), re.MULTILINE)
-        summary = _read_object(file.with_name("summary.json"))
+        summary = RunFolder(file.parent).summary()
         finished = steps is not None and summary.get("step") == int(steps[1]) and not summary.get("stopped")
         if finished or seed not in found:
             last = summary.get("last")
@@ -89,16 +90,18 @@ def parents_of(folder: RunFolder, config: Config) -> list[dict[str, Any]]:
     Of each its folder `run`, the `step` whose weights were taken, and `train_s`, seconds of training up to there; None: not
     known, for the run is gone or lacks its files. With such a one the list ends.
     """
-    given = _read_object(folder.summary_file).get("init_from")
+    given = folder.summary().get("init_from")
     if given is None and config.train.init_from:
         given = {"run": config.train.init_from, "step": None}
     parents: list[dict[str, Any]] = []
     while given is not None and all(given["run"] != parent["run"] for parent in parents):
-        parent = RunFolder(Path(given["run"]))
-        is_whole = given["step"] is not None and parent.summary_file.is_file()
-        seconds = seconds_of_training(parent.metrics, given["step"]) if is_whole else 0.0
+        parent = find_parent(folder, Path(given["run"]))
+        is_whole = parent is not None and given["step"] is not None and parent.summary_file.is_file()
+        seconds = seconds_of_training(parent.metrics, given["step"]) if parent and is_whole else 0.0
         parents.append({"run": given["run"], "step": given["step"], "train_s": seconds or None})
-        given = _read_object(parent.summary_file).get("init_from") if seconds else None
+        if parent is None or not seconds:
+            break
+        folder, given = parent, parent.summary().get("init_from")
     return parents
 
 
@@ -125,26 +128,6 @@ def _is_where(key: str) -> bool:
     return key.partition(".")[0] in WHERE or key in WHERE_KEYS
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            is_list = isinstance(value, Sequence) and not isinstance(value, str)
-            flat[f"{prefix}{key}"] = list(value) if is_list else value
-    return flat
-
-
 def _sections(file: Path) -> dict[str, str]:
     """Text of each section of a config.yaml as distcond writes it."""
     return dict(re.findall(r"^(\w+):(.*(?:\n[ -].*)*)", file.read_text(errors="replace"), re.MULTILINE))
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none."""
-    try:
-        value = json.loads(file.read_text(errors="replace"))
-    except (OSError, ValueError, RecursionError):
-        value = None
-    return value if isinstance(value, dict) else {}

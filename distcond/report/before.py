@@ -17,7 +17,7 @@ from distcond.report.verdict import difference, interval_text, quality_text, qua
 from distcond.report.words import large, plural, show
 from distcond.train.fits import cost_of
 from distcond.train.grow import becomes, changes_function, deepens
-from distcond.train.run_folder import RunFolder, parent_of
+from distcond.train.run_folder import find_parent, parent_of
 
 ROUNDING = 1e-4
 "Relative. Of the same weights, fp32 sums over other ranks, batches or kernels differ by about 1e-6 of a figure."
@@ -39,7 +39,7 @@ def growth(run: RunFacts) -> Growth | None:
     given = run.config.train.init_from
     if not given:
         return None
-    folder = _folder(run)
+    folder = find_parent(run.folder, Path(parent_of(run.config)))
     if folder is None or run.origin_step is None:
         return Growth([f"It started from the run {given}, which is gone, so nothing can be set beside it."])
     try:
@@ -50,13 +50,6 @@ def growth(run: RunFacts) -> Growth | None:
         return Growth([f"It started from the run {given}, which cannot be set beside it: {error}"])
     sentences = [_origin(run, parent), _first_row(run, parent), _since(run, parent)]
     return Growth(sentences, _table(run, parent), _curve(run, parent), _control(run, parent))
-
-
-def _folder(run: RunFacts) -> RunFolder | None:
-    """The parent's, where train finds it or, where runs were moved together, beside the run."""
-    path = Path(parent_of(run.config))
-    places = (path, run.folder.path.absolute().parent / path.name)
-    return next((folder for folder in map(RunFolder, places) if folder.config_file.is_file()), None)
 
 
 def _origin(run: RunFacts, parent: RunFacts) -> str:

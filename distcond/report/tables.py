@@ -1,6 +1,6 @@
 """The tables of the page: columns that are text or numbers, rows that sort by their header."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from distcond.report.spending import Spending
 from distcond.report.tree_map import MOST_ROWS, TreeMap, path_of
 from distcond.report.verdict import quality_text, quality_unit
 from distcond.report.words import large, percent, show
+from distcond.train.run_folder import flat
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,11 +180,5 @@ def settings_table(run: RunFacts) -> Table:
 
 def environment_table(run: RunFacts) -> Table:
     """environment.json, flat."""
-    rows = [[_text(redact(key)), _text(redact(value))] for key, value in _flat(run.environment).items()]
+    rows = [[_text(redact(key)), _text(redact(str(value)))] for key, value in flat(run.environment).items()]
     return Table("Where the run was made (environment.json)", [("what", False), ("value", False)], rows)
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
-    if isinstance(value, Mapping):
-        return {key: leaf for name, part in value.items() for key, leaf in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
-    return {prefix: str(value)}

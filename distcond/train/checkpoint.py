@@ -45,6 +45,11 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, RunError]]:
     return None, refused
 
 
+def passed_over(why: RunError, step: int) -> str:
+    """What to tell the user of a damaged checkpoint where an older one is intact."""
+    return f"{str(why).rpartition(';')[0]}; going on from step {step}, the newest intact checkpoint."
+
+
 def set_aside(checkpoint: Path) -> None:
     """Rename a damaged checkpoint, so that it counts as none."""
     aside = checkpoint.with_name(f"{ASIDE}{checkpoint.name}")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,21 +10,24 @@ from typing import Any
 from distcond.config import Config
 from distcond.errors import RunError
 from distcond.nn.budget import StepBudget
-from distcond.train.checkpoint import newest_checkpoint, read_state
+from distcond.train.checkpoint import newest_checkpoint, passed_over, read_state
 from distcond.train.run_folder import RunFolder, write_json
 from distcond.train.sealing import LATEST, MANIFEST, STATE, fingerprint
 
 
-def fork_run(config: Config) -> tuple[Config, int]:
+def fork_run(config: Config, note: Callable[[str], None]) -> tuple[Config, int]:
     """Copy the newest intact checkpoint of config.run.name into the folder of a new run.
 
     Returns the new run's configuration, with its own name, and the step that it starts from. Nothing is shared with the
-    old run, so damage to one spares the other. Raises RunError where there is nothing to start from or nothing to do.
+    old run, so damage to one spares the other. note: told of newer checkpoints that are damaged. Raises RunError where
+    the old run is still being written, and where there is nothing to start from or nothing to do.
     """
-    parent = RunFolder(Path(config.run.dir) / config.run.name)
+    parent = RunFolder.of(config)
     if not parent.config_file.exists():
         raise RunError(f"run.fork=true: {parent.path} holds no run to start from; check run.name and run.dir.")
-    checkpoint, _ = newest_checkpoint(parent.checkpoints)
+    if parent.is_held():
+        raise RunError(f"run.fork=true: {parent.path} is still being written; wait for that run to end, or stop it.")
+    checkpoint, damaged = newest_checkpoint(parent.checkpoints)
     if checkpoint is None:
         raise RunError(f"run.fork=true: {parent.path} has no checkpoint to start from; train it to its first one.")
     state = read_state(checkpoint)
@@ -33,6 +37,8 @@ def fork_run(config: Config) -> tuple[Config, int]:
             f"run.fork=true: {checkpoint} is already at step {step} of train.max_steps={config.train.max_steps}; "
             f"raise train.max_steps."
         )
+    for why in damaged.values():
+        note(passed_over(why, step))
     folder, target = _new_folder(parent.path), config.model.halting.target_steps
     # The old run's figures, and what it had learnt of a budget it may not have had, were reached with other settings.
     state |= {"summary": {"forked_from": {"run": parent.path.name, "step": step}}, "validation": None}

@@ -12,7 +12,7 @@ from distcond.errors import TrainingError
 from distcond.nn.model import SUMS
 from distcond.tracking import Tracker
 from distcond.train.metrics import Meter, is_better, mean_loss, ponder, quality, tree_usage
-from distcond.train.run_folder import write_json
+from distcond.train.run_folder import is_there, write_json
 from distcond.train.samples import first_answer, samples_of
 from distcond.train.schedule import learning_rate
 from distcond.train.state import Run, validate
@@ -37,7 +37,7 @@ class StopHook:
 
     def after_step(self, run: Run) -> None:
         """Agree on whether to stop, and on what has become of the checkpoint that is being written."""
-        run.stop = run.writer.agree(run.folder.stop_file.exists())
+        run.stop = run.writer.agree(is_there(run.folder.stop_file))
 
     def close(self) -> None:
         """Nothing to do."""
@@ -80,14 +80,17 @@ class LogHook:
 
 
 class ValidationHook:
-    """Validation every `train.eval_every` steps, and at the end; keeps the best figure."""
+    """Validation every `train.eval_every` steps, and after the last; keeps the best figure.
+
+    Whoever asks for a stop waits for a checkpoint, not for a validation that would not be due.
+    """
 
     def __init__(self, tracker: Tracker | None, bytes_per_token: float = 1.0) -> None:
         self.tracker, self.bytes_per_token = tracker, bytes_per_token
 
     def after_step(self, run: Run) -> None:
         """Validate and write a row."""
-        if run.step % run.config.train.eval_every and not run.is_last:
+        if run.step % run.config.train.eval_every and not run.is_complete:
             return
         start = time.perf_counter()
         with first_answer(run.learner) as seen:
@@ -140,7 +143,7 @@ class CheckpointHook:
         """Nothing to do."""
 
     def _begin(self, run: Run) -> None:
-        run.summary.update(step=run.step, stopped=run.stop)
+        run.summary.update(step=run.step, stopped=run.stop and not run.is_complete)
         step, value = run.validation or (None, None)
         run.writer.begin(
             run.step,
@@ -160,8 +163,11 @@ class CheckpointHook:
         """Wait until the last state is on the disk. Raises TrainingError where that cannot be had."""
         limit, rank = STOP_LIMIT_S if run.stop else LAST_LIMIT_S, run.engine.tables.world.rank
         end = time.monotonic() + limit
-        while not (run.writer.settle(limit) and not run.writer.failure):
-            time.sleep(min(RETRY_S, limit))
+        while not (run.writer.settle(limit) and run.writer.newest == run.step):
+            if run.writer.failure:
+                time.sleep(min(RETRY_S, limit))
+            elif not run.writer.is_busy:  # the one before has ended at last
+                end = time.monotonic() + limit
             if run.writer.agree(rank == 0 and time.monotonic() > end):
                 reason = run.writer.failure or f"not written within {limit:g} s"
                 raise TrainingError(

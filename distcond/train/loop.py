@@ -49,6 +49,10 @@ def run_training(
     while True:
         run = start_run(config, folder, feeder, task, note)
         start = run.step
+        if run.is_complete and run.summary.get("stopped"):  # where train.max_steps was lowered to what was done
+            run.summary["stopped"] = False
+            if run.engine.tables.world.rank == 0:
+                write_json(folder.summary_file, run.summary)
         try:
             if train(run, make_hooks(run, task, settings)):
                 return run.summary

@@ -6,8 +6,9 @@ import fcntl
 import json
 import os
 import platform
+import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,19 @@ class RunFolder:
         self.stop_file = path / "stop"
         self.lock_file = path / "lock"
         self.ranks_file = path / "logs" / "ranks"
+
+    @classmethod
+    def of(cls, config: Config) -> "RunFolder":
+        """That of a named configuration."""
+        return cls(Path(config.run.dir) / config.run.name)
+
+    def summary(self) -> dict[str, Any]:
+        """What the last checkpoint left of figures; empty where there was none, or it cannot be read."""
+        try:
+            value = json.loads(self.summary_file.read_text(errors="replace"))
+        except (OSError, ValueError, RecursionError):
+            value = None
+        return value if isinstance(value, dict) else {}
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -111,6 +125,12 @@ def parent_of(config: Config) -> str:
     return str((Path(config.run.dir).expanduser() / given if is_name else path).resolve())
 
 
+def find_parent(child: RunFolder, parent: Path) -> RunFolder | None:
+    """The run that `child` started from: where it was then or, where both were moved together, beside it; None: gone."""
+    places = (parent, child.path.absolute().parent / parent.name)
+    return next((folder for folder in map(RunFolder, places) if folder.config_file.is_file()), None)
+
+
 def check_continues(old: Config, new: Config, folder: Path) -> None:
     """Refuse to continue a run with settings that make it a different run.
 
@@ -124,9 +144,15 @@ def check_continues(old: Config, new: Config, folder: Path) -> None:
     ]
     if differ:
         raise RunError(
-            f"{folder} holds a run with other settings: {'; '.join(differ)}; use another run.name, or run.fork=true to start a "
-            "new run from its newest checkpoint."
+            f"{folder} holds a run with other settings: {'; '.join(differ)}; go on with its own by `distcond train --config "
+            f"{shlex.quote(str(folder / 'config.yaml'))}`, use another run.name, or run.fork=true to start a new run from its "
+            "newest checkpoint."
         )
+
+
+def is_there(file: Path) -> bool:
+    """Whether a file exists. NOTE: unlike `Path.exists` it raises nothing where storage is stale, cut off or closed to us."""
+    return os.path.exists(file)  # noqa: PTH110
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -142,6 +168,6 @@ def _this_process() -> str:
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """Values of mappings inside of each other by dotted key; an empty mapping has none."""
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         return {prefix: value}
     return {key: leaf for name, part in value.items() for key, leaf in flat(part, f"{prefix}.{name}".lstrip(".")).items()}

@@ -17,7 +17,7 @@ from distcond.nn.budget import StepBudget
 from distcond.nn.model import SUMS, Learner
 from distcond.ops import use_kernels
 from distcond.table import Collective
-from distcond.train.checkpoint import newest_checkpoint, read_dense, read_state, set_aside
+from distcond.train.checkpoint import newest_checkpoint, passed_over, read_dense, read_state, set_aside
 from distcond.train.checkpoint_writer import CheckpointWriter, name_of
 from distcond.train.engine import Engine
 from distcond.train.grow import start_from
@@ -63,9 +63,14 @@ class Run:
         self.writer = CheckpointWriter(self.folder.checkpoints, self.engine.tables, self.config.checkpoint, self.note)
 
     @property
+    def is_complete(self) -> bool:
+        """Whether all steps are done."""
+        return self.step >= self.config.train.max_steps
+
+    @property
     def is_last(self) -> bool:
         """Whether no step follows."""
-        return self.stop or self.step >= self.config.train.max_steps
+        return self.stop or self.is_complete
 
 
 class Hook(Protocol):
@@ -143,7 +148,7 @@ def _agreed_checkpoint(folder: Path, note: Callable[[str], None], *, is_own: boo
                 for path, why in damaged.items():
                     if is_own:
                         set_aside(path)
-                    note(f"{str(why).rpartition(';')[0]}; going on from step {int(step)}, the newest intact checkpoint.")
+                    note(passed_over(why, int(step)))
     world.broadcast_(step)
     if step == refused:
         raise error or RunError(f"{folder} holds no checkpoint that is intact.")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def assert_same_end(run: Path, undisturbed: Path) -> None:
 
 
 def figures_of(run: Path) -> list[dict[str, float]]:
-    """The rows of training steps, once each, without what the clock decides. A run that is stopped validates once more."""
+    """The rows of training steps, once each, without what the clock decides."""
     return [without_clocks(row) for row in read_rows(run) if "train/loss" in row]
 
 
@@ -109,10 +109,10 @@ def processes_of(actor: str, processes: Iterable[psutil.Process]) -> list[psutil
 class Command:
     """`distcond train` as a process of its own, in a group of its own as a terminal would start it."""
 
-    def __init__(self, folder: Path, *words: str, **environment: str) -> None:
+    def __init__(self, folder: Path, *words: str, before: Sequence[str] = (), **environment: str) -> None:
         self.folder = folder
         self.process = psutil.Popen(
-            [sys.executable, "-u", "-m", "distcond", "train", *words],
+            [*before, sys.executable, "-u", "-m", "distcond", "train", *words],
             cwd=folder,
             env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | SLOW_START | environment,
             stdout=subprocess.PIPE,

@@ -36,6 +36,45 @@ def test_a_tail_follows_a_file_that_is_cut_back(tmp_path: Path) -> None:
     assert tail.read() == ["2 again"]
 
 
+def test_a_tail_that_looks_late_still_sees_whole_lines_of_a_file_that_was_cut_back(tmp_path: Path) -> None:
+    file, shorter = tmp_path / "file", tmp_path / "shorter"
+    file.write_text("".join(f"{number}\n" for number in range(5)))
+    tail = Tail(file)
+    shorter.write_text("0\n1\n")
+    shorter.replace(file)
+    with file.open("a") as stream:
+        stream.writelines(f"{number}, written again\n" for number in range(2, 9))
+    assert tail.read() == ["0", "1", *(f"{number}, written again" for number in range(2, 9))]
+
+
+def test_storage_that_does_not_answer_has_no_new_lines(tmp_path: Path) -> None:
+    file, elsewhere = tmp_path / "file", tmp_path / "elsewhere"
+    file.write_text("1\n")
+    tail = Tail(file, whole=True)
+    file.rename(elsewhere)
+    file.symlink_to(file)  # any look at it fails, and not because it is missing
+    assert tail.read() == []
+    elsewhere.replace(file)
+    assert tail.read() == ["1"]
+
+
+def test_a_run_that_is_cut_back_and_goes_on_is_timed_from_where_it_does(tmp_path: Path) -> None:
+    metrics, shorter, screen = tmp_path / "metrics.jsonl", tmp_path / "shorter", io.StringIO()
+    append(metrics, *({"step": step, "train/loss": 9.0} for step in (10, 80)))
+    with Progress(Console(file=screen, width=80), metrics, max_steps=100) as progress:
+        append(shorter, {"step": 10, "train/loss": 9.0}, {"step": 70, "train/loss": 1.0})
+        shorter.replace(metrics)
+        progress.poll()
+    assert screen.getvalue().splitlines() == ["step 70/100  loss 1"]
+
+
+def test_what_is_shown_holds_no_secret(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    with Progress(Console(file=screen, width=80), tmp_path / "metrics.jsonl", max_steps=1) as progress:
+        progress.note("no answer at https://joe:word@host/x")
+    assert screen.getvalue() == "no answer at https://***@host/x\n"
+
+
 def test_without_a_terminal_there_is_a_line_at_most_every_few_seconds_and_one_at_the_end(tmp_path: Path) -> None:
     metrics, screen = tmp_path / "metrics.jsonl", io.StringIO()
     append(metrics, {"step": 10, "train/loss": 9.0})  # of the run that this one continues

@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from distcond.cluster import trainer
 from distcond.cluster.trainer import closing_lines, fit, name_run, prepare_run
 from distcond.compose import load_config, override, save_config
 from distcond.config import Config
-from distcond.errors import ClusterError, DataError, RunError, TrainingError
+from distcond.errors import ClusterError, DataError, LostError, RunError, TrainingError
 from distcond.train.run_folder import RunFolder
 from tests.cluster.processes import Command, crowded, read_rows, wait_until, words
-from tests.helpers import small_config
+from tests.helpers import small_config, train_run
 
 # --- names and folders ------------------------------------------------------------------------------------------------
 
@@ -38,7 +39,7 @@ def test_a_name_used_again_continues_that_run_or_is_refused(tmp_path: Path) -> N
     assert prepare_run(longer) == path
     assert load_config(path / "config.yaml") == longer
     assert not (path / "stop").exists()  # that was for the run before
-    with pytest.raises(RunError, match=r"model.width=32 \(was 16\); use another run.name, or run.fork=true to start a new run"):
+    with pytest.raises(RunError, match=r"model.width=32 \(was 16\); go on .*, use another run.name, or run.fork=true to"):
         prepare_run(override(config, {"model.width": 32}))
 
 
@@ -113,6 +114,47 @@ def test_the_last_lines_say_where_how_good_and_what_next(
     assert closing_lines(tmp_path / "runs/a b", summary, 9, 125.0) == lines
 
 
+def no_ray(*_: Any) -> dict[str, Any]:
+    raise AssertionError("Ray is started")
+
+
+def test_a_complete_run_is_told_as_such_without_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(tmp_path, train__max_steps=2)
+    summary = train_run(config)
+    monkeypatch.setattr(trainer, "_run", no_ray)
+    assert trainer.launch(config) == summary
+    assert capsys.readouterr().out.startswith("All of train.max_steps=2 are done already.\nrun   ")
+    with pytest.raises(AssertionError, match="Ray is started"):
+        trainer.launch(override(config, {"train.max_steps": 3}))
+    damaged = next((tmp_path / "run/checkpoints/step_00000002").glob("*.safetensors"))
+    damaged.write_bytes(b"damage")
+    with pytest.raises(AssertionError, match="Ray is started"):
+        trainer.launch(config)
+
+
+@pytest.mark.parametrize(
+    ("error", "ends_in"),
+    [
+        (TrainingError("the last checkpoint, of step 7, could not be written: No space left on device."), TrainingError),
+        (LostError("worker 0, 1 lost."), KeyboardInterrupt),
+    ],
+)
+def test_after_a_request_to_stop_what_ranks_found_is_told_and_what_nobody_saw_is_no_failure(
+    error: TrainingError, ends_in: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(config: Config, wait_for: Any, tell: Any, has_ray: threading.Event) -> dict[str, Any]:
+        has_ray.set()
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_until(RunFolder.of(config).stop_file.exists)
+        raise error
+
+    monkeypatch.setattr(trainer, "_run", run)
+    with pytest.raises(ends_in):
+        trainer.launch(small_config(tmp_path))
+
+
 # --- workers, on a Ray that is there ----------------------------------------------------------------------------------
 
 
@@ -166,8 +208,9 @@ def test_a_stop_before_training_begins_needs_no_step(shared_ray: Any, tmp_path: 
 def test_one_ctrl_c_or_a_sigterm_saves_a_checkpoint_within_10_s_and_the_run_goes_on_later(tmp_path: Path) -> None:
     run, done = tmp_path / "run", 0
     prepared = words(tmp_path)
-    for stop in (interrupt, terminate):
-        command = Command(tmp_path, *prepared)
+    # NOTE: `timeout`, when it ends or is ended itself, signals the command and then its process group: twice, and Ray, too.
+    for stop, before in ((interrupt, ()), (terminate, ("timeout", "600"))):
+        command = Command(tmp_path, *prepared, before=before)
         wait_until(lambda: command.reaches(run, done + 5))  # noqa: B023 - called at once
         stop(command)
         start = time.monotonic()

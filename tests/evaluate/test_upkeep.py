@@ -105,6 +105,16 @@ def test_where_a_run_it_grew_from_is_gone_the_time_is_not_known_and_that_run_is_
     assert last["train_s"] is None and last["run"] == str(tmp_path / ("up" if gone.startswith(("up", "deep")) else "dense"))
 
 
+def test_runs_that_moved_together_still_tell_the_time_to_retrain(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    _trained(tmp_path / "here", "dense", 100.0)
+    _trained(tmp_path / "here", "up", 200.0, "dense")
+    _, config = _trained(tmp_path / "here", "deep", 400.0, "up")
+    (tmp_path / "here").rename(tmp_path / "there")
+    figures = upkeep(RunFolder(tmp_path / "there" / "deep"), config, 20, "val/bpb")
+    assert figures["maintainability/retrain_s"] == pytest.approx((1.0 + 8.0) + (1.0 + 2.0) + 1.0)
+
+
 def test_runs_that_name_each_other_come_to_an_end(tmp_path: Path) -> None:
     _trained(tmp_path, "one", 100.0, "two")
     two, config = _trained(tmp_path, "two", 100.0, "one")

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from distcond.cli import main
+from distcond.cluster.memory import NoMemoryError
 from distcond.redaction import has_password, is_secret, redact
 from distcond.tracking import Tracker, WandbRun
 
@@ -53,6 +54,13 @@ def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 )
 def test_redacted_text_hides_secrets_and_nothing_else(text: str, shown: str) -> None:
     assert redact(text, {**PLANTED, "MY_KEY": "short"[:2], "HOME": "no answer"}) == shown
+
+
+def test_what_a_rank_fails_with_is_told_without_secrets() -> None:
+    from distcond.cluster.ray_train import _one_line
+
+    for error in (RuntimeError(f"no answer at {URL} with {PLANTED['HF_TOKEN']}"), NoMemoryError(f"{URL}")):
+        assert WORD not in _one_line(error, "lost")
 
 
 def test_what_counts_as_secret() -> None:

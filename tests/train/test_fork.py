@@ -38,7 +38,7 @@ def tree_of(folder: Path) -> dict[str, bytes]:
 
 def test_a_fork_is_a_run_of_its_own_that_goes_on_from_the_checkpoint(config: Config, tmp_path: Path) -> None:
     before = tree_of(tmp_path / "run")
-    forked, step = fork_run(config)
+    forked, step = fork_run(config, print)
     assert step == 4
     assert (forked.run.name, forked.run.fork) == ("run-fork", False)
     assert changed(forked, run__name="run", run__fork=True) == config
@@ -55,7 +55,7 @@ def test_a_fork_is_a_run_of_its_own_that_goes_on_from_the_checkpoint(config: Con
 @pytest.mark.thorough
 def test_with_nothing_changed_a_fork_is_the_old_run_continued(config: Config, parent: Config, tmp_path: Path) -> None:
     longer = changed(config, optim__lr=parent.optim.lr)
-    forked, _ = fork_run(longer)
+    forked, _ = fork_run(longer, print)
     train_run(forked)
     train_run(changed(longer, run__fork=False))
     ends = [newest_checkpoint(RunFolder(tmp_path / name).checkpoints)[0] for name in ("run", "run-fork")]
@@ -65,7 +65,7 @@ def test_with_nothing_changed_a_fork_is_the_old_run_continued(config: Config, pa
 
 
 def test_damage_to_the_old_run_spares_the_fork(config: Config, tmp_path: Path) -> None:
-    forked, _ = fork_run(config)
+    forked, _ = fork_run(config, print)
     for file in (tmp_path / "run" / "checkpoints").rglob("*.*"):
         if file.is_file():
             with file.open("r+b") as stream:
@@ -74,7 +74,7 @@ def test_damage_to_the_old_run_spares_the_fork(config: Config, tmp_path: Path) -
 
 
 def test_every_fork_has_a_name_of_its_own(config: Config) -> None:
-    assert [fork_run(config)[0].run.name for _ in range(3)] == ["run-fork", "run-fork2", "run-fork3"]
+    assert [fork_run(config, print)[0].run.name for _ in range(3)] == ["run-fork", "run-fork2", "run-fork3"]
 
 
 @pytest.mark.parametrize(
@@ -86,14 +86,14 @@ def test_every_fork_has_a_name_of_its_own(config: Config) -> None:
 )
 def test_nothing_to_start_from_or_to_do_is_told_in_a_line(changes: dict[str, Any], message: str, config: Config) -> None:
     with pytest.raises(RunError, match=message):
-        fork_run(changed(config, **changes))
+        fork_run(changed(config, **changes), print)
     assert not list(Path(config.run.dir).glob("*-fork*"))
 
 
 def test_a_run_without_a_checkpoint_is_told(config: Config, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(RunError, match="run has no checkpoint to start from; train it to its first one"):
-        fork_run(config)
+        fork_run(config, print)
 
 
 def test_a_fork_needs_a_name() -> None:
@@ -114,7 +114,7 @@ def test_a_fork_needs_a_name() -> None:
     ids=lambda changes: next(iter(changes)),
 )
 def test_what_the_new_model_cannot_take_is_one_clear_line(changes: dict[str, Any], config: Config) -> None:
-    forked, _ = fork_run(changed(config, **changes))
+    forked, _ = fork_run(changed(config, **changes), print)
     with pytest.raises(AssertionError, match=r"RunError: .*run-fork/checkpoints/step_00000004 holds .*, the model"):
         train_run(forked)
 
@@ -122,7 +122,7 @@ def test_what_the_new_model_cannot_take_is_one_clear_line(changes: dict[str, Any
 @pytest.mark.parametrize("target", [None, 3.0])
 @pytest.mark.thorough
 def test_a_fork_may_leave_or_change_its_budget(target: float | None, config: Config) -> None:
-    forked, _ = fork_run(changed(config, model__halting__target_steps=target))
+    forked, _ = fork_run(changed(config, model__halting__target_steps=target), print)
     assert train_run(forked)["step"] == 6
 
 
@@ -131,5 +131,5 @@ def test_a_fork_may_get_a_budget(tmp_path: Path) -> None:
     config = small_config(tmp_path, cluster__num_workers=1)
     train_run(config)
     save_config(config, folder_of(config).config_file)
-    forked, _ = fork_run(changed(config, run__fork=True, train__max_steps=6, model__halting__target_steps=2.0))
+    forked, _ = fork_run(changed(config, run__fork=True, train__max_steps=6, model__halting__target_steps=2.0), print)
     assert train_run(forked)["step"] == 6

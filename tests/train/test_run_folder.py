@@ -99,6 +99,7 @@ def test_other_settings_may_not_change_and_are_all_named() -> None:
     line = str(refused.value)
     assert "optim.lr=0.5 (was 0.01)" in line and "model.tree.depth=4 (was 3)" in line
     assert "max_steps" not in line and "runs/run" in line and "\n" not in line
+    assert "go on with its own by `distcond train --config runs/run/config.yaml`" in line
 
 
 def test_the_run_that_a_run_was_started_from_may_not_change() -> None:
