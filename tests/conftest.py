@@ -25,7 +25,7 @@ CASES = 3
 
 STARTING_RANKS = (
     *("tests/train/", "tests/golden/", "tests/deploy/", "tests/report/", "tests/cluster/test_initial.py"),
-    *("tests/test_evaluate.py", "tests/test_bench.py", "tests/optim/test_growth.py"),
+    *("tests/test_evaluate.py", "tests/test_bench.py", "tests/optim/test_growth.py", "tests/nn/test_gates_ddp.py"),
 )
 "Files that fork ranks from a server (tests/helpers.py); under `-n 2` they share one worker, hence one server and one `text_run`."
 

@@ -92,7 +92,6 @@ def to_bfloat16(body: nn.Module) -> None:
 
 
 def _deciding(module: nn.Module) -> list[tuple[str, Tensor]]:
-    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    if isinstance(module, Gate | HaltingUnit):
-        return own
-    return [(name, value) for name, value in own if isinstance(module, FlatTree) and name in {"planes", "thresholds"}]
+    if not isinstance(module, Gate | HaltingUnit):
+        return []
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]

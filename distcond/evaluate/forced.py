@@ -33,7 +33,7 @@ class ForcedComputation(nn.Module):
     def forward(self, x: Tensor, state: State) -> tuple[State, PonderStats]:
         """x [B, I], state of B rows -> state of B rows, and what each row spent."""
         running = Running(self.cell, x, state, None)
-        mean = tuple(torch.zeros_like(part) for part in running.state)
+        mean = running.new_sums()
         spent = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
         for number in range(1, self.num_steps + 1):
             parts = running.step()
@@ -44,7 +44,8 @@ class ForcedComputation(nn.Module):
                 mean, spent = add_weighted(mean, running.rows, parts, weight), spent + weight
         steps = torch.full_like(running.rows, self.num_steps)
         remainder = torch.zeros_like(spent)
-        return like(state, mean if self.mixes else running.state), PonderStats(steps, remainder, steps + remainder)
+        last = running.rounded(mean) if self.mixes else running.state
+        return like(state, last), PonderStats(steps, remainder, steps + remainder)
 
 
 @contextmanager

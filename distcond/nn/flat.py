@@ -77,8 +77,13 @@ class FlatTree(nn.Module):
         return self._singles
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self._singles = None
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
+        """Planes and thresholds follow to another device, and to fp64; never below fp32, for bits are signs of their gates."""
+        self._singles, planes, thresholds = None, self.planes, self.thresholds
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.planes.dtype.itemsize < torch.float32.itemsize:
+            self.planes = planes.to(self.planes.device, torch.float32)
+            self.thresholds = thresholds.to(self.planes.device, torch.float32)
+        return self
 
     def _load_from_state_dict(self, *given: Any) -> None:
         self._singles = None

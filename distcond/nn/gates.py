@@ -7,6 +7,9 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distcond.table import Collective
 
 KINDS = ("linear", "hash", "sign")
 MOMENTUM = 0.99
@@ -42,7 +45,8 @@ class Gate(nn.Module):
                 self.weight = nn.Parameter(weight_KQ)
             else:
                 self.register_buffer("weight", weight_KQ)
-        self.register_buffer("running_mean", torch.zeros(num_bits))
+        exact = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.register_buffer("running_mean", torch.zeros(num_bits, dtype=exact))
         self.register_buffer("num_commits", torch.zeros((), dtype=torch.int64))
         self.staged = torch.zeros(num_bits + 1, dtype=torch.float64)
 
@@ -91,3 +95,15 @@ class Gate(nn.Module):
         moved_K = torch.lerp(self.running_mean, mean_K, 1.0 - MOMENTUM)
         # 0 is what a bit begins with, be it of a new layer or of the levels that a tree was given later.
         self.running_mean.copy_(torch.where(self.running_mean == 0, mean_K, moved_K))
+
+
+def pooled(statistics: Tensor) -> Tensor:
+    """Their sum over the ranks, in a forward pass of `DistributedDataParallel`; elsewhere the same.
+
+    A collective call there, as of `SyncBatchNorm`: ranks must run the same layers. Under `join`, where some ranks have no
+    more inputs, each keeps its own.
+    """
+    ddp = DistributedDataParallel._get_active_ddp_module()
+    if ddp is None or ddp._join_config.enable:
+        return statistics
+    return Collective(ddp.process_group).sum_(statistics)

@@ -83,6 +83,14 @@ class Running:
         self.state = after
         return after
 
+    def new_sums(self) -> tuple[Tensor, ...]:
+        """Zeros in which `add_weighted` adds up states of all rows, in fp32 at least: many small weights drift in bf16."""
+        return tuple(torch.zeros_like(part, dtype=torch.promote_types(part.dtype, torch.float32)) for part in self.state)
+
+    def rounded(self, sums: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Such sums in the precision in which the cell returned its last state."""
+        return tuple(total.to(part.dtype) for total, part in zip(sums, self.state, strict=True))
+
     def keep(self, still: Tensor) -> bool:
         """Let the rows that are not `still` running (bool [R]) leave; whether any runs on, here or in lockstep on any rank."""
         anyone = still.any().int()
@@ -131,7 +139,7 @@ class AdaptiveComputation(Pondering):
     def forward(self, x: Tensor, state: State) -> tuple[State, PonderStats]:
         """x [B, I], state of B rows -> mean-field state of B rows, and what each row spent."""
         running = Running(self.cell, x, state, self.lockstep)
-        mean = tuple(torch.zeros_like(part) for part in running.state)
+        mean = running.new_sums()
         budget = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
         steps, remainder = torch.zeros_like(running.rows), torch.zeros_like(budget)
         for number in range(1, self.max_steps + 1):
@@ -148,7 +156,7 @@ class AdaptiveComputation(Pondering):
                 break
         if not self.skips_nan:
             check_finite(remainder)
-        return like(state, mean), PonderStats(steps, remainder, steps + remainder)
+        return like(state, running.rounded(mean)), PonderStats(steps, remainder, steps + remainder)
 
 
 class FixedComputation(nn.Module):
@@ -229,11 +237,13 @@ def check_finite(remainder: Tensor) -> None:
 
 
 def add_weighted(total: tuple[Tensor, ...], rows: Tensor, parts: tuple[Tensor, ...], weight: Tensor) -> tuple[Tensor, ...]:
-    """total[rows] += weight * part, for each tensor of a state; weight [R]."""
-    return tuple(
-        sums.index_add(0, rows, part * weight.to(part.dtype).view(-1, *[1] * (part.dim() - 1)))
-        for sums, part in zip(total, parts, strict=True)
-    )
+    """total[rows] += weight * part, for each tensor of a state; weight [R]. In the longer precision of the two tensors."""
+    sums = []
+    for sum_, part in zip(total, parts, strict=True):
+        dtype = torch.promote_types(sum_.dtype, part.dtype)  # autocast: a cell returns bf16 for an fp32 state
+        weighted = part * weight.to(dtype).view(-1, *[1] * (part.dim() - 1))
+        sums.append(sum_.to(dtype).index_add(0, rows, weighted))
+    return tuple(sums)
 
 
 def _as_tuple(state: State) -> tuple[Tensor, ...]:

@@ -55,7 +55,7 @@ class PonderNet(Pondering):
         """x [B, I], state of B rows -> state of each row's median step, and what each row spent."""
         running = Running(self.cell, x, state, self.lockstep)
         least_left = self.epsilon if self.training else HALF
-        mean = median = tuple(torch.zeros_like(part) for part in running.state)
+        mean = median = running.new_sums()
         left = x.new_ones(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
         steps, cost, remainder = torch.zeros_like(running.rows), torch.zeros_like(left), torch.zeros_like(left)
         drafts: list[Drafts] = []
@@ -78,4 +78,4 @@ class PonderNet(Pondering):
         if not self.skips_nan:
             check_finite(remainder)
         out = tuple(value + (field - field.detach()) for value, field in zip(median, mean, strict=True))
-        return like(state, out), PonderStats(steps, remainder, cost, join(drafts) if self.training else None)
+        return like(state, running.rounded(out)), PonderStats(steps, remainder, cost, join(drafts) if self.training else None)

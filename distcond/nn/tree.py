@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distcond.nn.gate_gradients import flip_levels, learn_from_flips, product_levels, soft_bits
-from distcond.nn.gates import Gate
+from distcond.nn.gates import Gate, pooled
 from distcond.nn.tree_input import as_rows
 from distcond.nn.tree_nodes import add_parameters, dense_node
 from distcond.nn.tree_options import check_growth, check_options
-from distcond.nn.tree_product import ANCHOR, TreeProduct, full_precision, takes_flips
+from distcond.nn.tree_product import ANCHOR, TreeProduct, full_precision, in_one_piece, takes_flips
 from distcond.nn.tree_state import load_rows, move_rows, row_names, save_rows
 from distcond.ops import NodeTensors, TreePath, count_nonfinite, first_node, leaf_index, tree_leaf
 from distcond.table import Collective, Growth, NodeTable, SubtreeLoads, SubtreePlan, Visits
@@ -40,7 +40,8 @@ class TreeLinear(nn.Module):
         "magnitude": level l's contribution is multiplied by tanh|g_l| itself, an ordinary gradient: the layer is continuous
         in its gates, but no longer one matrix a leaf; "none": the gates do not learn.
     storage: "dense": `nn.Parameter`s of all nodes, any torch optimiser trains them. "lazy": rows that are born with
-        their first gradient, trained by `distcond.optim.RowAdam`, sharded by `distcond.initialize`. "host": the same, but
+        their first gradient, trained by `distcond.optim.RowAdam`, sharded by `distcond.initialize`. Any plain `backward()`
+        reaches them; `torch.autograd.grad` and `backward(inputs=...)`, which name what they reach, do not. "host": the same, but
         rows and what the optimiser keeps of them stay in host memory wherever the layer is; touched rows travel to it.
     num_trees: the outputs are split into this many groups, each with a tree and bits of its own; divides out_features.
     bias: whether nodes carry a bias, summed along the path like the weights.
@@ -87,8 +88,8 @@ class TreeLinear(nn.Module):
         self.collective: Collective | None = None
         self.commits_by_itself = storage == "dense"
         self.subtree_loads: SubtreeLoads | None = None
-        self.records_loads = False
-        self.records_touched = False
+        self.records_loads = self.records_touched = False
+        self.trains_rows = True
         self._backward_seen = False
         self._touched: list[Tensor] = []
         self._leaf_loads: list[Visits] = []
@@ -118,6 +119,7 @@ class TreeLinear(nn.Module):
         layer.set_root(linear.weight, linear.bias)
         return layer
 
+    @in_one_piece
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]. Under a sharded plan this is a collective call.
 
@@ -131,7 +133,7 @@ class TreeLinear(nn.Module):
             if not _is_recomputing():
                 self._nonfinite = self._nonfinite + count_nonfinite(gates_TMK)
             leaf_V = tree_leaf(gates_TMK)
-            nodes = self.node_parameters() if self.table is None else (ANCHOR,)
+            nodes = self.node_parameters() if self.table is None else (ANCHOR,) * self.trains_rows
             learns = torch.is_grad_enabled() and gates_TMK.requires_grad
             flips = flip_levels(self.gate_gradient, self.depth, self._turn()) if learns else []
             own, apart = (flips, []) if flips and takes_flips(self, x_TQ, nodes) else ([], flips)
@@ -144,6 +146,11 @@ class TreeLinear(nn.Module):
 
             y_VP = learn_from_flips(output_of(leaf_V), gates_TMK.flatten(0, 1), leaf_V, apart, output_of)
         return y_VP.reshape(*x.shape[:-1], self.out_features)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As of any module, and of a lazy table, which is no parameter: of those in a model, `model.apply` this to each."""
+        self.trains_rows = requires_grad
+        return super().requires_grad_(requires_grad)
 
     @torch.no_grad()
     def gates(self, x: Tensor) -> Tensor:
@@ -220,7 +227,7 @@ class TreeLinear(nn.Module):
     def commit_statistics(self) -> None:
         """Fold the staged gate statistics into the running mean; once per applied step."""
         if self.gate is not None:
-            self.gate.commit(self.gate.take_statistics())
+            self.gate.commit(pooled(self.gate.take_statistics()))
 
     def take_touched(self) -> Tensor:
         """Ids of the nodes that tokens were routed to since the last call, ascending int64 (dense storage)."""

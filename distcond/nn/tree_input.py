@@ -1,4 +1,4 @@
-"""What a `TreeLinear` takes: rows of its width, of finite numbers.
+"""What a `TreeLinear` takes: rows of its width, of finite floating-point numbers.
 
 Legend: T tokens, Q in.
 """
@@ -10,11 +10,14 @@ from torch import Tensor
 def as_rows(x: Tensor, in_features: int) -> Tensor:
     """[..., in_features] as rows, [T, in_features].
 
-    Raises ValueError for another last dimension, and in autograd's anomaly mode (`torch.autograd.detect_anomaly()`) for rows
-    with NaN or infinite numbers. Out of that mode they are counted (`count_nonfinite`): to look would be to wait for a GPU.
+    Raises ValueError for another last dimension, for numbers that are not floating-point, and in autograd's anomaly mode
+    (`torch.autograd.detect_anomaly()`) for rows with NaN or infinite numbers. Out of that mode they are counted
+    (`count_nonfinite`): to look would be to wait for a GPU.
     """
     if x.shape[-1:] != (in_features,):
         raise ValueError(f"input of shape {tuple(x.shape)}: its last dimension must be in_features={in_features}")
+    if not x.is_floating_point():
+        raise ValueError(f"input of {x.dtype}: outputs would be rounded to it; give floating-point numbers, e.g. x.float()")
     x_TQ = x.reshape(-1, in_features)
     if torch.is_anomaly_enabled():
         bad_T = ~x_TQ.isfinite().all(dim=1)

@@ -36,8 +36,9 @@ def add_parameters(layer: nn.Module, layout: NodeTable) -> None:
     fresh = layout.as_matrices(layout.full.data, low)
     _register(layer, "weight", torch.zeros(full, rows, layout.in_features))
     _register(layer, "bias", torch.zeros(full if layout.has_bias else 0, rows))
-    _register(layer, "right", fresh.right_SrQ.clone())
-    _register(layer, "left", fresh.left_SxP.clone())
+    default = torch.get_default_dtype()
+    _register(layer, "right", fresh.right_SrQ.to(default, copy=True))
+    _register(layer, "left", fresh.left_SxP.to(default, copy=True))
 
 
 def _register(layer: nn.Module, name: str, value: Tensor) -> None:

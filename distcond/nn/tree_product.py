@@ -4,12 +4,14 @@ Legend: T tokens, V of them for each tree (a token's trees follow each other), Q
 G nodes touched.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from distcond.nn.tree_walk import Walk, flip_of, rows_to_read
 from distcond.ops import (
@@ -19,8 +21,6 @@ from distcond.ops import (
     TreePath,
     computes_flips,
     factor_dtype,
-    scaled_backward,
-    scaled_forward,
     tree_backward,
     tree_forward,
 )
@@ -28,6 +28,32 @@ from distcond.table import Collective, NodeTable, Route, SubtreePlan, Visits, co
 
 ANCHOR = torch.zeros((), device="cpu", requires_grad=True)
 "Asks for a gradient, so that backward reaches a table although no parameter stands for it; none is ever given."
+FIRST_ORDER_ALONE = (
+    b"a TreeLinear has gradients of first order alone, but one of them is differentiated again (create_graph=True, as for a "
+    b"gradient penalty); leave it out of what is differentiated twice"
+)
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def first_order_alone(backward: Callable[[Any, Tensor], Gradients]) -> Callable[[Any, Tensor], Gradients]:
+    """A backward pass whose results are refused, by RuntimeError, where they are differentiated again.
+
+    NOTE: `once_differentiable` refuses them only if the incoming gradient asks for one of its own. That of a plain sum does
+    not, and the terms of the parameters would be left out without a word.
+    """
+
+    @wraps(backward)
+    def checked(ctx: Any, grad: Tensor) -> Gradients:
+        if not torch.is_grad_enabled():
+            return backward(ctx, grad)
+        with torch.no_grad():
+            grads = backward(ctx, grad)
+        refused: Any = torch._C._functions.DelayedError(FIRST_ORDER_ALONE, len(grads))
+        marked: Gradients = refused(*(part if part is None else part.detach().requires_grad_() for part in grads))
+        return marked
+
+    return checked
 
 
 class TreeNodes(Protocol):
@@ -84,11 +110,8 @@ class TreeProduct(torch.autograd.Function):
             rows, nodes = copy_rows(layer.layout, rows, x_TQ.device)
         schedule = Schedule.of(walk.path, min(layer.full_depth, walk.depth), nodes)
         factor_TQ = local_TQ.to(factor_dtype(x_TQ.dtype, nodes))
-        if layer.scales_levels:
-            scale_VL = scale_VK[:, : walk.depth].to(nodes.weight_SPQ.dtype)
-            y_VP = scaled_forward(factor_TQ, scale_VL, walk.path, rows, nodes, schedule)
-        else:
-            y_VP = tree_forward(factor_TQ, walk.path, rows, nodes, schedule)
+        scale_VL = scale_VK[:, : walk.depth].to(nodes.weight_SPQ.dtype) if layer.scales_levels else None
+        y_VP = tree_forward(factor_TQ, walk.path, rows, nodes, schedule, scale_VL)
         ctx.save_for_backward(local_TQ, scale_VK, *parameters)
         ctx.layer, ctx.walk, ctx.schedule, ctx.route = layer, walk, schedule, route
         ctx.dtype, ctx.soft_dtype = x_TQ.dtype, soft_VK.dtype
@@ -101,16 +124,19 @@ class TreeProduct(torch.autograd.Function):
         return y_VP if route is None else route.combine(y_VP)
 
     @staticmethod
-    def backward(ctx: Any, grad_VP: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients to rows, soft bits and parameters; those of a table are collected by the table."""
+    @first_order_alone
+    def backward(ctx: Any, grad_VP: Tensor) -> Gradients:
+        """Gradients to rows, soft bits and parameters; those of a table are collected by the table, if they are asked for."""
         layer: TreeNodes = ctx.layer
         walk: Walk = ctx.walk
         local_TQ, scale_VK, *parameters = ctx.saved_tensors
         grad_VP = grad_VP.contiguous() if ctx.route is None else ctx.route.dispatch(grad_VP)
+        asking = [node for node, _ in ctx.next_functions[-len(parameters) :] if node is not None] if parameters else []
+        learns = any(_is_asked(node) for node in asking)
         rows = places = walk.rows
         nodes = layer.node_tensors(tuple(parameters))
         if layer.table is not None:
-            rows = walk.rows_for_backward(layer.table)
+            rows = walk.rows_for_backward(layer.table) if learns else layer.table.find(walk.path.nodes)
             places, nodes = rows_to_read(layer.table, rows, grad_VP.device)
         flips = [flip_of(walk, level, layer.layout, dense=layer.table is None) for level in ctx.flips]
         wanted = nodes.weight_SPQ
@@ -120,21 +146,20 @@ class TreeProduct(torch.autograd.Function):
         with full_precision(grad_VP):
             local_TQ, grad_VP = (part.to(factor_dtype(ctx.dtype, nodes)) for part in (local_TQ, grad_VP))
             tree = (walk.path, places, nodes, ctx.schedule)
-            if layer.scales_levels:
-                scale_VL = scale_VK[:, : walk.depth].to(wanted.dtype)
-                grad_x, grad_soft = scaled_backward(local_TQ, scale_VL, grad_VP, *tree, out)
-            else:
-                grad_x, grad_soft = tree_backward(local_TQ, grad_VP, *tree, ctx.gate_levels, out, flips)
+            scale_VL = scale_VK[:, : walk.depth].to(wanted.dtype) if layer.scales_levels else None
+            levels = range(1, walk.depth + 1) if layer.scales_levels else ctx.gate_levels
+            grad_x, grad_soft = tree_backward(local_TQ, grad_VP, *tree, levels, out, flips, scale_VL)
         grad_soft = torch.nn.functional.pad(grad_soft, (0, layer.depth - walk.depth))
-        layer.note_backward(walk.path, walk.loads, ctx.statistics)
-        grads: tuple[Tensor | None, ...] = (None,)
-        if layer.table is not None:
+        if learns or not asking:  # frozen nodes leave the thresholds to follow their mean
+            layer.note_backward(walk.path, walk.loads, ctx.statistics)
+        grads: Gradients = (None,) * len(parameters)
+        if learns and layer.table is not None:
             layer.table.stage_new(walk.path, rows)
             layer.table.growth.stage(walk.asked)
             if layer.table.rows_stay:
                 made = [own.copy_(part) for own, part in zip(kept, made, strict=True)]
             layer.table.add_gradient(rows, *made)
-        else:
+        elif learns:
             grads = _dense_gradients(layer, parameters, rows, out)
         if ctx.route is not None:
             both = ctx.route.combine(torch.cat([grad_x, grad_soft], dim=1))
@@ -142,6 +167,25 @@ class TreeProduct(torch.autograd.Function):
         if layer.num_trees > 1:
             grad_x = grad_x.unflatten(0, (-1, layer.num_trees)).sum(1)
         return None, None, None, grad_x.to(ctx.dtype), grad_soft.to(ctx.soft_dtype), None, *grads
+
+
+def in_one_piece(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """A layer's `forward` that `torch.compile` calls as it is: what it does follows its tokens, and so would graphs of it."""
+    whole = _disable_dynamo(forward)  # NOTE: imports dynamo when called, which takes seconds; so only where that runs
+
+    @wraps(forward)
+    def called(layer: Any, x: Tensor) -> Tensor:
+        return whole(layer, x) if torch.compiler.is_dynamo_compiling() else forward(layer, x)
+
+    return called
+
+
+def _is_asked(node: Any) -> bool:
+    """Whether the backward pass that runs goes on to a node of its graph: `torch.autograd.grad(loss, x)` stops at x."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf whose gradient `torch.autograd.grad` is to return
+        return True
 
 
 def takes_flips(layer: TreeNodes, x_TQ: Tensor, parameters: tuple[Tensor, ...]) -> bool:

@@ -5,7 +5,6 @@ from distcond.ops.leaf_product import leaf_product
 from distcond.ops.native import kernels, use_kernels
 from distcond.ops.path import Level, NodeTensors, Schedule, TreePath, calls_are_cheap, factor_dtype, first_node
 from distcond.ops.per_level import PerLevel
-from distcond.ops.scaled import scaled_backward, scaled_forward
 from distcond.ops.tree_matmul import (
     computes_flips,
     count_nonfinite,
@@ -32,8 +31,6 @@ __all__ = [
     "kernels",
     "leaf_index",
     "leaf_product",
-    "scaled_backward",
-    "scaled_forward",
     "tree_backward",
     "tree_forward",
     "tree_leaf",

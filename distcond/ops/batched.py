@@ -11,14 +11,13 @@ Legend: T tokens, Q in, P out, p some of P, K depth, G nodes touched on a level,
 import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from distcond.ops.gathered import add_gathered, gathered_backward
-from distcond.ops.path import Level, NodeTensors, Schedule, TreePath
+from distcond.ops.path import Level, NodeTensors, Schedule, TreePath, gradient_rows, scale_from, scaled
 from distcond.ops.ragged import Runs, run_outer, run_product
 
 SUM_NUMBERS = 2**28
@@ -89,18 +88,17 @@ def batched_forward(
     schedule: Schedule,
     scale_TK: Tensor | None = None,
 ) -> Tensor:
-    """`tree_forward`, or `scaled_forward` where there is a scale, for at least one token; in the precision of the nodes."""
+    """`tree_forward` for at least one token; in the precision of the nodes."""
     x_TQ, scale_TK = path.in_order(x_TQ), None if scale_TK is None else path.in_order(scale_TK)
     y_TP = nodes.bias_SP.new_empty(len(x_TQ), nodes.bias_SP.shape[1])
     for part, full in _Full.of(path, rows, nodes, schedule, scale_TK is None, x_TQ.dtype).parts():
         sum_Tp = y_TP[:, part].zero_()
         for number, weight_GpQ, bias_Gp in full.factors():
             level_Tp = run_product(x_TQ, weight_GpQ, full.runs[number]) + full.runs[number].per_row(bias_Gp)
-            sum_Tp += _scaled(level_Tp, scale_TK, number).masked_fill_(full.is_missing(number), 0.0)
+            sum_Tp += scaled(level_Tp, scale_TK, number).masked_fill_(full.is_missing(number), 0.0)
     low = schedule.full_depth + 1
     if low < len(rows):
-        rows_TL = _per_token(path, rows[low:])
-        add_gathered(y_TP, x_TQ.to(y_TP.dtype), rows_TL, nodes, _of_low_levels(scale_TK, low))
+        add_gathered(y_TP, x_TQ.to(y_TP.dtype), path.per_token(rows[low:]), nodes, scale_from(scale_TK, low))
     return y_TP.index_select(0, path.place_T)
 
 
@@ -115,7 +113,7 @@ def batched_backward(
     out: NodeTensors,
     scale_TK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`tree_backward`, or `scaled_backward` where there is a scale, for at least one token; in the precision of the nodes."""
+    """`tree_backward` for at least one token; in the precision of the nodes."""
     x_TQ, grad_TP = path.in_order(x_TQ), path.in_order(grad_TP)
     scale_TK = None if scale_TK is None else path.in_order(scale_TK)
     grad_x_TQ = nodes.bias_SP.new_zeros(x_TQ.shape)
@@ -127,11 +125,9 @@ def batched_backward(
     low = schedule.full_depth + 1
     if low < len(rows):
         out.right_SrQ.zero_(), out.left_SxP.zero_()
-        slots = _slots(rows[low:])
-        slots_TL = _per_token(path, [torch.arange(slot.start, slot.stop, device=x_TQ.device) for slot in slots])
         tokens = (grad_x_TQ, x_TQ.to(grad_x_TQ.dtype), grad_TP.to(grad_x_TQ.dtype))
-        rows_TL, scale_TL = _per_token(path, rows[low:]), _of_low_levels(scale_TK, low)
-        through_TL = gathered_backward(*tokens, rows_TL, slots_TL, nodes, out, scale_TL)
+        per_token = path.per_token(rows[low:]), path.slots_per_token(gradient_rows(rows, schedule.full_depth)[low:])
+        through_TL = gathered_backward(*tokens, *per_token, nodes, out, scale_from(scale_TK, low))
         for number in range(low, len(rows)):
             if number in gate_levels:
                 grad_levels_TK[:, number - 1] = through_TL[:, number - low]
@@ -156,7 +152,7 @@ def _add_input_gradient(
 
     for number, weight_GpQ, bias_Gp in full.factors():
         back_TQ = run_product(grad_Tp, weight_GpQ.mT, full.runs[number])
-        grad_x_TQ += _scaled(back_TQ, scale_TK, number)
+        grad_x_TQ += scaled(back_TQ, scale_TK, number)
         if number > full.merged and number in gate_levels:
             add_through(number, back_TQ, bias_Gp)
     for number in range(1, full.merged + 1):
@@ -169,37 +165,15 @@ def _weight_gradient(
     out_SpQ: Tensor, out_Sp: Tensor, full: _Full, x_TQ: Tensor, grad_Tp: Tensor, scale_TK: Tensor | None
 ) -> None:
     """Write the gradients of some rows of P of all nodes: without a scale, those of the last level summed up the tree."""
-    slots = _slots(full.rows)
+    slots = gradient_rows(full.rows, len(full.rows))
     for number in reversed(range(len(slots))):
         weight_GpQ, bias_Gp, runs = out_SpQ[slots[number]], out_Sp[slots[number]], full.runs[number]
         bias_Gp.zero_()
         if number == len(slots) - 1 or scale_TK is not None:
-            scaled_Tp = _scaled(grad_Tp, scale_TK, number)
+            scaled_Tp = scaled(grad_Tp, scale_TK, number)
             weight_GpQ.copy_(run_outer(scaled_Tp.to(x_TQ.dtype), x_TQ, runs))
             bias_Gp.index_add_(0, runs.group_T, scaled_Tp.to(bias_Gp.dtype))
         else:
             parent_G, children = full.levels[number + 1].parent_G, slots[number + 1]
             weight_GpQ.zero_().index_add_(0, parent_G, out_SpQ[children])
             bias_Gp.index_add_(0, parent_G, out_Sp[children])
-
-
-def _scaled(level_TP: Tensor, scale_TK: Tensor | None, number: int) -> Tensor:
-    """A level's contribution times its factor; the root's is 1."""
-    return level_TP if scale_TK is None or number == 0 else level_TP * scale_TK[:, number - 1 : number]
-
-
-def _of_low_levels(scale_TK: Tensor | None, low: int) -> Tensor | None:
-    return None if scale_TK is None else scale_TK[:, low - 1 :]
-
-
-def _per_token(path: TreePath, values: Sequence[Tensor]) -> Tensor:
-    """Values of the nodes of the last levels, as values of sorted tokens, [T, L]."""
-    levels, tokens = path.levels[len(path.levels) - len(values) :], len(path.order_T)
-    pairs = zip(values, levels, strict=True)
-    return torch.stack([torch.repeat_interleave(value_G, level.count_G, output_size=tokens) for value_G, level in pairs], dim=1)
-
-
-def _slots(rows: Sequence[Tensor]) -> list[slice]:
-    """Rows of each of these levels in a gradient, in which they follow each other."""
-    ends = list(accumulate(len(rows_G) for rows_G in rows))
-    return [slice(end - len(rows_G), end) for rows_G, end in zip(rows, ends, strict=True)]

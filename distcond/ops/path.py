@@ -4,7 +4,9 @@ Legend: T tokens, Q in, P out, K depth, r rank, G nodes touched on a level, S ro
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -64,9 +66,9 @@ class Level:
         """`count_G` as numbers."""
         return self.count_G.tolist()
 
-    def per_token(self, values_G: Tensor) -> Tensor:
-        """A value of each node as one of each sorted token, [T]."""
-        return torch.repeat_interleave(values_G, self.count_G)
+    def per_token(self, values_G: Tensor, num_tokens: int | None = None) -> Tensor:
+        """A value of each node as one of each sorted token, [T]. num_tokens: T; where it is not given, a device is waited for."""
+        return torch.repeat_interleave(values_G, self.count_G, output_size=num_tokens)
 
 
 class FlatPath(NamedTuple):
@@ -120,6 +122,16 @@ class TreePath:
         """Sorted position -> row of so many, int64 [T]."""
         trees = len(self.order_T) // max(1, num_rows)
         return self.order_T if trees == 1 else self.order_T // trees
+
+    def per_token(self, values: Sequence[Tensor]) -> Tensor:
+        """Values of the nodes of the last levels, as values of sorted tokens, [T, L]."""
+        levels = self.levels[len(self.levels) - len(values) :]
+        pairs = zip(values, levels, strict=True)
+        return torch.stack([level.per_token(values_G, len(self.order_T)) for values_G, level in pairs], dim=1)
+
+    def slots_per_token(self, slots: Sequence[slice]) -> Tensor:
+        """`gradient_rows` of the last levels, as the row of each sorted token, int64 [T, L]."""
+        return self.per_token([torch.arange(slot.start, slot.stop, device=self.order_T.device) for slot in slots])
 
     @property
     def levels(self) -> list[Level]:
@@ -198,6 +210,22 @@ def factor_dtype(x_dtype: torch.dtype, nodes: NodeTensors) -> torch.dtype:
     """Precision of tokens when they are multiplied: that of the rows or, where trees are batched, a shorter one of their own."""
     own = nodes.weight_SPQ.dtype
     return own if calls_are_cheap(nodes.weight_SPQ) or x_dtype.itemsize >= own.itemsize else x_dtype
+
+
+def gradient_rows(rows: Sequence[Tensor], full_depth: int) -> list[slice]:
+    """Rows of each level in a gradient, in which the nodes of all levels of a kind follow each other."""
+    kinds = (rows[: full_depth + 1], rows[full_depth + 1 :])
+    return [slice(*ends) for kind in kinds for ends in pairwise(accumulate((len(rows_G) for rows_G in kind), initial=0))]
+
+
+def scaled(level_TP: Tensor, scale_TK: Tensor | None, number: int) -> Tensor:
+    """What a level has for each token times its factor; without factors, and for the roots, that is 1."""
+    return level_TP if scale_TK is None or number == 0 else level_TP * scale_TK[:, number - 1 : number]
+
+
+def scale_from(scale_TK: Tensor | None, level: int) -> Tensor | None:
+    """The factors of the levels from one on."""
+    return None if scale_TK is None else scale_TK[:, level - 1 :]
 
 
 def pick(tensor_S: Tensor, rows_G: Tensor) -> list[Tensor | None]:

@@ -110,6 +110,21 @@ def test_no_gradient_comes_back_and_autocast_changes_nothing(count: int) -> None
         torch.testing.assert_close(half, layer.eval()(x.bfloat16()), rtol=2**-7, atol=2**-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_flattened_tree_in_half_precision_keeps_its_leaves(dtype: torch.dtype) -> None:
+    layer, x = random_tree(4, dtype=torch.float32), tokens(1000).float()
+    layer.eval()
+    near = layer.gates(x).abs().amin(dim=(1, 2)) < 0.01  # whose bits a rounding of planes or thresholds flips
+    assert near.sum() > 20
+    x = x[near].to(dtype)
+    flat = flatten(layer).to(dtype)
+    assert flat.weight.dtype == dtype and flat.planes.dtype == flat.thresholds.dtype == torch.float32
+    # Weights and outputs, numbers of size 1, are rounded once each.
+    torch.testing.assert_close(flat(x), layer(x), rtol=0, atol=10 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(torch.cat([flat(one) for one in x.split(1)]), flat(x), rtol=0, atol=4 * torch.finfo(dtype).eps)
+    assert flat.double().planes.dtype == torch.float64
+
+
 def test_a_flattened_tree_is_saved_and_loaded_like_any_module() -> None:
     layer, x = random_tree(3), tokens(9)
     flat, other = flatten(layer), flatten(random_tree(3, seed=1))
@@ -139,6 +154,8 @@ def test_what_cannot_be_flattened_is_refused() -> None:
     assert isinstance(flatten(random_tree(0, gate_gradient="magnitude")), FlatTree)  # no level to scale
 
 
-def test_another_last_dimension_is_refused() -> None:
+def test_another_last_dimension_and_integers_are_refused() -> None:
     with pytest.raises(ValueError, match="its last dimension must be in_features=5"):
         flatten(random_tree(3))(torch.zeros(3, 4))
+    with pytest.raises(ValueError, match=r"input of torch\.int64"):
+        flatten(random_tree(3))(torch.zeros(3, 5, dtype=torch.int64))

@@ -1,4 +1,7 @@
-"""act_weights: Graves' equations 6 to 8, 13, 14 and 18, in float64."""
+"""act_weights: Graves' equations 6 to 8, 13, 14 and 18, in float64; shorter precisions; options."""
+
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +72,31 @@ def test_the_usual_start_takes_two_steps() -> None:
 def test_an_empty_batch_stays_empty() -> None:
     weights, steps, remainder = act_weights(torch.zeros(0, 4))
     assert weights.shape == (0, 4) and steps.shape == remainder.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_precisions_are_added_up_in_float32(dtype: torch.dtype) -> None:
+    h = torch.full((2, 1000), 0.001, dtype=dtype)
+    given = act_weights(h)
+    torch.testing.assert_close(given, act_weights(h.float()), rtol=0, atol=0)
+    by_hand = math.ceil(0.99 / float(h[0, 0]))  # 991 in bf16; its own sums would reach 0.99 after 987
+    assert given[1].tolist() == [by_hand] * 2
+    # a thousand roundings of sums below 1 by 2**-25 each
+    torch.testing.assert_close(given[0].sum(1), torch.ones(2), rtol=0, atol=1000 * 2**-25)
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        ({"max_steps": 0}, "max_steps=0"),
+        ({"max_steps": -2}, "max_steps=-2"),
+        ({"epsilon": 2.0}, "2.0"),
+        ({"epsilon": 0.0}, "0.0"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, Any], given: str) -> None:
+    with pytest.raises(ValueError, match=given):
+        act_weights(random_h(), **options)
 
 
 @pytest.mark.parametrize("max_steps", [None, 3])

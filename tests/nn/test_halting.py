@@ -1,5 +1,6 @@
 """AdaptiveComputation against a loop over single rows; what the cell is shown; ranks in lockstep."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -26,6 +27,17 @@ class OneTensor(nn.Module):
 
     def forward(self, x: Tensor, state: Tensor, rows: Tensor) -> Tensor:
         return torch.tanh(self.linear(torch.cat([x, state], dim=1)) + self.table[rows])
+
+
+class Plain(nn.Module):
+    """s' = tanh(W [x, s]), which autocast turns into bf16 whatever the state was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(INPUTS + 1 + WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, state: Tensor, rows: Tensor) -> Tensor:
+        return torch.tanh(self.linear(torch.cat([x, state], dim=1)))
 
 
 class TwoTensors(nn.Module):
@@ -199,6 +211,39 @@ def test_autocast_leaves_halting_in_float32() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = unit(state)
     assert torch.equal(inside, unit(state))
+
+
+def assert_autocast_changes_rounding_alone(ponder: nn.Module) -> None:
+    """Under bf16 autocast: the state in the cell's bf16, the stats in fp32, and both, with all gradients, those of fp32."""
+    generator = torch.Generator().manual_seed(1)
+    x, state, upstream = (torch.randn(BATCH, size, generator=generator) for size in (INPUTS, WIDTH, WIDTH))
+    leaves = [x.requires_grad_(), state.requires_grad_(), *ponder.parameters()]
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out, stats = ponder(x, state)
+        assert out.dtype == dtype and stats.remainder.dtype == stats.ponder_cost.dtype == torch.float32
+        loss = (upstream * out).sum() + 0.3 * stats.ponder_cost.sum()
+        if stats.drafts is not None:
+            loss = loss + (stats.drafts.value.sum(1) * stats.drafts.weight).sum()
+        results.append((out.float(), stats.steps, stats.ponder_cost, torch.autograd.grad(loss, leaves)))
+    # bf16 rounds by up to 2**-9; gradients of up to 15 are sums over 12 rows of a few steps, each of ten roundings
+    torch.testing.assert_close(results[1], results[0], rtol=0.02, atol=0.03)
+    assert all(grad.any() for grad in results[1][3])
+
+
+def test_autocast_changes_rounding_alone() -> None:
+    seed_cpu(0)
+    assert_autocast_changes_rounding_alone(make_ponder(Plain()).float())
+
+
+@pytest.mark.parametrize("value", [1.0, -0.298828125])
+def test_the_mean_field_of_a_constant_state_is_that_state_in_bf16(value: float) -> None:
+    """99 weights of 0.01, which bf16 would round to 0.0100098 and add to 1 in steps of 2**-7."""
+    ponder = AdaptiveComputation(lambda x, state, rows: state, WIDTH, halting_bias=math.log(0.01 / 0.99)).bfloat16()
+    start = torch.full((2, WIDTH), value, dtype=torch.bfloat16)
+    state, stats = ponder(torch.zeros(2, 1, dtype=torch.bfloat16), start)
+    assert stats.steps.tolist() == [99, 99] and torch.equal(state, start)
 
 
 @pytest.mark.parametrize(

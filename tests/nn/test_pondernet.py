@@ -8,7 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from distcond.nn import PonderNet
-from tests.nn.test_halting import BATCH, EXACT, INPUTS, WIDTH, OneTensor, OtherRanks, TwoTensors
+from tests.nn.test_halting import (
+    BATCH,
+    EXACT,
+    INPUTS,
+    WIDTH,
+    OneTensor,
+    OtherRanks,
+    Plain,
+    TwoTensors,
+    assert_autocast_changes_rounding_alone,
+)
 from tests.trees import seed_cpu
 
 
@@ -144,6 +154,11 @@ def test_in_lockstep_every_rank_runs_as_many_steps_as_the_slowest(others: int, o
         ponder.zero_grad()
         (out.sum() + same.ponder_cost.sum()).backward()
         assert all(parameter.grad is not None for parameter in ponder.parameters())
+
+
+def test_autocast_changes_rounding_alone() -> None:
+    seed_cpu(0)
+    assert_autocast_changes_rounding_alone(make_ponder(Plain()).float())
 
 
 @pytest.mark.parametrize(("options", "given"), [({"max_steps": 0}, "max_steps=0"), ({"epsilon": 1.0}, "epsilon=1.0")])

@@ -88,6 +88,16 @@ def test_another_last_dimension_is_refused_by_all_that_take_inputs(shape: tuple[
         assert str(refused.value) == f"input of shape {shape}: its last dimension must be in_features=5"
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("storage", ["dense", "lazy"])
+def test_numbers_that_are_not_floating_point_are_refused_by_all_that_take_inputs(storage: str, dtype: torch.dtype) -> None:
+    layer = random_tree(3, storage=storage)
+    for takes in (layer, layer.codes, layer.leaf):
+        with pytest.raises(ValueError, match=r".") as refused:
+            takes(torch.ones(2, 5, dtype=dtype))
+        assert str(refused.value).startswith(f"input of {dtype}: ") and "floating-point" in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("bad", "gate", "storage"), every_pair([math.nan, math.inf, -math.inf], ["linear", "hash", "sign"], ["dense", "lazy"])
 )

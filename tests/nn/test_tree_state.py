@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,29 @@ def test_a_layer_trains_in_another_precision(storage: str, dtype: torch.dtype) -
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.fixture
+def default_dtype() -> Iterator[None]:
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("storage", ["dense", "lazy"])
+def test_a_layer_that_is_made_under_another_default_precision_is_one_of_it(
+    storage: str, dtype: torch.dtype, default_dtype: None
+) -> None:
+    torch.set_default_dtype(dtype)
+    layer = make(storage=storage, full_depth=1, rank=2)
+    assert layer.gate is not None and layer.gate.running_mean.dtype == torch.promote_types(dtype, torch.float32)
+    assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
+    train(layer)
+    x = tokens(9).to(dtype)
+    y = layer.eval()(x)
+    # 4 levels added in the precision asked for, of rows at best float32 where a table holds them; numbers of size 1.
+    rounding = max(torch.finfo(kind).eps for kind in (dtype, dtype if storage == "dense" else torch.float32))
+    torch.testing.assert_close(y, layer.double()(x.double()).to(dtype), rtol=0, atol=10 * rounding)
 
 
 def test_a_table_stays_on_the_meta_device_with_its_layer() -> None:

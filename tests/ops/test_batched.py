@@ -18,13 +18,12 @@ from distcond.ops import (
     TreePath,
     batched,
     factor_dtype,
-    scaled_backward,
-    scaled_forward,
     tree_backward,
     tree_forward,
 )
 from distcond.ops.batched import batched_backward, batched_forward
 from distcond.ops.batched_path import batched_path
+from distcond.ops.path import gradient_rows
 from tests.ops.test_native import leaves_of
 from tests.ops.test_scaled import factors
 from tests.ops.test_tree_matmul import DETAILS, EXACT, SHAPES, Case, assert_rows_hold, contribution, make_case, naive
@@ -91,6 +90,26 @@ def test_path_is_that_of_the_cpu_and_waits_once(forest: tuple[int, int], tokens:
     with counted_waits() as waits:
         TreePath.of(leaf, depth, num_trees)
     assert len(waits) == depth + 2  # this counter sees what it is to see
+
+
+def test_values_and_gradient_rows_of_each_token_wait_for_nothing() -> None:
+    case = make_case(5, 2, tokens=13, trees=2)
+    path = batched_path(case.leaf, 5, 2)
+    slots = gradient_rows(case.rows, 2)
+    full, low = (list(range(sum(len(rows) for rows in kind))) for kind in (case.rows[:3], case.rows[3:]))
+    assert [row for slot in slots[:3] for row in range(*slot.indices(len(full)))] == full
+    assert [row for slot in slots[3:] for row in range(*slot.indices(len(low)))] == low
+    with counted_waits() as waits:
+        ids_TL, slots_TL = path.per_token(path.nodes[3:]), path.slots_per_token(slots[3:])
+    assert not waits
+    for place, number in enumerate(range(3, 6)):
+        level, slot = path.levels[number], slots[number]
+        prefix_T = (case.leaf & 31) >> (5 - number)
+        assert torch.equal(ids_TL[:, place][path.place_T] - 2 * (2**number - 1), ((case.leaf >> 5) << number) + prefix_T)
+        assert torch.equal(level.nodes_G[slots_TL[:, place] - slot.start], ids_TL[:, place])
+    with counted_waits() as waits:
+        path.levels[4].per_token(path.nodes[4])
+    assert len(waits) == 1  # this counter sees what it is to see
 
 
 # ---- forward and backward --------------------------------------------------------------------------------------------
@@ -266,8 +285,8 @@ def test_tensors_on_other_devices_are_batched() -> None:
     assert factor_dtype(torch.bfloat16, nodes) == torch.bfloat16 != factor_dtype(torch.bfloat16, case.nodes)
     assert factor_dtype(torch.float32, NodeTensors(*(tensor.bfloat16() for tensor in nodes))) == torch.bfloat16
     assert tree_forward(x, path, rows, nodes, schedule).shape == (30, 8)
-    assert scaled_forward(x, scale, path, rows, nodes, schedule).shape == (30, 8)
+    assert tree_forward(x, path, rows, nodes, schedule, scale).shape == (30, 8)
     grads = tree_backward(x, grad_y, path, rows, nodes, schedule, (1,), out)
     assert [grad.shape for grad in grads] == [(30, 16), (30, 4)]
-    grads = scaled_backward(x, scale, grad_y, path, rows, nodes, schedule, out)
+    grads = tree_backward(x, grad_y, path, rows, nodes, schedule, range(1, 5), out, scale_TK=scale)
     assert [grad.shape for grad in grads] == [(30, 16), (30, 4)]

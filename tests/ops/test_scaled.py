@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from distcond.ops import NodeTensors, scaled_backward, scaled_forward
+from distcond.ops import NodeTensors, tree_backward, tree_forward
 from tests.ops.test_tree_matmul import CASES, EXACT, assert_rows_hold, make_case, naive, schedules
 
 
@@ -22,7 +22,7 @@ def test_forward_is_the_scaled_sum_along_each_tokens_path(
     scale = factors(len(case.leaf), depth)
     expected = naive(case, case.nodes, case.x, scale)
     for schedule in schedules(case):
-        y = scaled_forward(case.x, scale, case.path, case.rows, case.nodes, schedule)
+        y = tree_forward(case.x, case.path, case.rows, case.nodes, schedule, scale)
         torch.testing.assert_close(y, expected, **EXACT)
 
 
@@ -37,7 +37,8 @@ def test_backward_is_the_gradient_of_the_scaled_sum(depth: int, full_depth: int,
     wanted = torch.autograd.grad((y * grad_y).sum() + 0 * linked, (x, scale, *nodes))
     for schedule in schedules(case):
         out = NodeTensors(*(torch.full_like(tensor, torch.nan) for tensor in case.nodes))  # every number must be written
-        grad_x, grad_scale = scaled_backward(case.x, scale.detach(), grad_y, case.path, case.rows, case.nodes, schedule, out)
+        tree = (case.path, case.rows, case.nodes, schedule)
+        grad_x, grad_scale = tree_backward(case.x, grad_y, *tree, range(1, depth + 1), out, scale_TK=scale.detach())
         torch.testing.assert_close(grad_x.unflatten(0, (-1, case.trees)).sum(1), wanted[0], **EXACT)
         torch.testing.assert_close(grad_scale, wanted[1], **EXACT)
         assert_rows_hold(out[:2], case.rows[: full_depth + 1], wanted[2:4])
