@@ -1,13 +1,4 @@
-"""A task and a model of your own, whole: copy this file into a package of yours, beside a pyproject.toml with
-
-[project]
-name = "mine"
-version = "1.0"
-[project.entry-points."distcond.tasks"]
-majority = "mine:Majority"
-[project.entry-points."distcond.models"]
-residual = "mine:Residual"
-"""
+"""A task and a model of your own, whole: copy it beside the pyproject.toml of distcond's conf/README.md, and install both."""
 
 import numpy as np
 import torch

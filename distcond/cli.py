@@ -86,8 +86,9 @@ def _dispatch(argv: list[str]) -> int:
     if argv[0] in {"-sc", "--shell-completion"}:
         return complete(argv[1:], VERBS, BENCHES)
     if argv[0] not in VERBS:
-        meant = get_close_matches(argv[0], VERBS, n=1) or [f"train {argv[0]}"]
-        raise ConfigError(f"{argv[0]!r} is none of {', '.join(VERBS)}; did you mean distcond {meant[0]}?")
+        meant = get_close_matches(argv[0], VERBS, n=1) or ([f"train {argv[0]}"] if "=" in argv[0] else [])
+        advice = f"did you mean distcond {meant[0]}?" if meant else "`distcond --help` says what each does."
+        raise ConfigError(f"{argv[0]!r} is none of {', '.join(VERBS)}; {advice}")
     return VERBS[argv[0]](argv[1:])
 
 

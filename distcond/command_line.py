@@ -3,11 +3,56 @@
 import functools
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from distcond.compose import compose, override, to_dict
-from distcond.config import Config
+from distcond.compose import compose, draft, load_config, override, to_dict
+from distcond.config import Config, RunConfig
+from distcond.config.readers import check_read
+from distcond.errors import ConfigError, RunError
+from distcond.train.run_folder import RunFolder
+
+
+def typed(words: Sequence[str], config_dir: str | None = None, *, may_fork: bool = False) -> Config:
+    """The configuration that a person's words ask for; may_fork: run.fork=true starts from the settings of that run.
+
+    Raises ConfigError, also for a key that nothing reads, and RunError where there is no run to fork.
+    """
+    config = compose([*(_of_parent(words, config_dir) if may_fork else []), *words], config_dir)
+    check_read(config, {_key(word) for word in words})
+    return config
+
+
+def _of_parent(words: Sequence[str], config_dir: str | None) -> list[str]:
+    """The settings of the run that is forked, as words: all that were not typed, nor chosen by a file that was."""
+    if not config_dir and not any("fork" in word for word in words):  # to look takes 0.2 s; no file that ships forks
+        return []
+    wanted = draft(words, config_dir)
+    run, new, default = RunConfig(**wanted["run"]), _flat(wanted), _default()
+    if not run.fork:
+        return []
+    parent = RunFolder(Path(run.dir).expanduser() / run.name)
+    if not parent.config_file.is_file():
+        raise RunError(f"run.fork=true: {parent.path} holds no run to start from; check run.name and run.dir.")
+    try:
+        old = overrides_of(load_config(parent.config_file))
+    except ConfigError as error:
+        raise RunError(f"run.fork=true goes on with the settings of {parent.path}, which are unreadable: {error}") from error
+    keys = {_key(word) for word in words}
+    # What a typed experiment chooses, e.g. other data, has a section to itself, as what is typed has.
+    chosen = {section for section in ("model", "data") if new[f"{section}.name"] != default[f"{section}.name"]}
+    taken = {*keys, "run", "sweep", *(section for section in chosen if f"{section}.name" not in keys)}
+    return [word for word in old if not _is_below(_key(word), taken) and new.get(_key(word)) == default.get(_key(word))]
+
+
+def _key(word: str) -> str:
+    """The dotted key, or the group, that an override is for."""
+    return re.split("[=@]", word.lstrip("+~"), maxsplit=1)[0]
+
+
+def _is_below(key: str, sections: Iterable[str]) -> bool:
+    return any(f"{key}.".startswith(f"{section}.") for section in sections)
 
 
 def train_line(config: Config, changes: Mapping[str, Any]) -> str:

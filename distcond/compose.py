@@ -124,6 +124,13 @@ def compose_node(overrides: Sequence[str], config_dir: str | None = None) -> Dic
         return _typed(node)
 
 
+def draft(overrides: Sequence[str], config_dir: str | None = None) -> dict[str, Any]:
+    """What `compose` would give, as plain containers: references are filled in, but values not tested for sense."""
+    node = compose_node(overrides, config_dir)
+    with _user_errors():
+        return cast(dict[str, Any], OmegaConf.to_container(node, resolve=True, enum_to_str=True))
+
+
 def nearest(given: str, real: Iterable[str]) -> str:
     """A question naming what was probably meant, or nothing: '; did you mean model.tree.depth?'."""
     names = list(real)

@@ -1,6 +1,7 @@
 """A trained run opened for reading: configuration, data, and the model of a checkpoint, whole, in this process."""
 
 import logging
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -122,5 +123,6 @@ def _checkpoint(folder: RunFolder, step: int | None) -> Path:
     for reason in damaged.values():
         log.warning("%s; reading %s, the newest that is intact.", str(reason).rpartition(";")[0], newest and newest.name)
     if newest is None:
-        raise RunError(f"{folder.path} has no checkpoint yet; train it first: distcond train run.name={folder.path.name}")
+        again = f"distcond train --config {shlex.quote(str(folder.config_file))}"
+        raise RunError(f"{folder.path} has no checkpoint yet; train it first: {again}")
     return newest

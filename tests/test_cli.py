@@ -56,6 +56,10 @@ def test_verbs_have_their_own_help(capsys: pytest.CaptureFixture[str], verb: str
     [
         ("trian", "did you mean distcond train?"),
         ("model=rnn", "did you mean distcond train model=rnn?"),
+        (
+            "list",
+            "'list' is none of train, sweep, submit, prepare, evaluate, report, explain, export, predict, sync, bench; `dist",
+        ),
         ("train --dryrun", "did you mean --dry-run?"),
         ("train --cfg jbo", "invalid choice: 'jbo'"),
         ("train --cfg job modle=rnn", "there is no key modle; did you mean model?"),
@@ -72,6 +76,28 @@ def test_verbs_have_their_own_help(capsys: pytest.CaptureFixture[str], verb: str
         ("train --config config.yaml --cfg job", "config.yaml is resolved already"),
         ("train --config-dir no/such", "--config-dir no/such: no such folder."),
         ("train --experimental-rerun x", "unrecognized arguments: --experimental-rerun"),
+        (
+            "train data.files=[*.txt] --dry-run",
+            "data.files=['*.txt'] is read by data=text, hub, mixture, not by data=stdlib; use",
+        ),
+        ("prepare data.files=[*.txt]", "use data=text, or leave data.files out."),
+        ("train data=text data.files=[*.txt] --dry-run", "data.files: '{here}/*.txt' matches no file"),
+        ("train data=hub data.path=json data.files=[a.json] --dry-run", "data.files: '{here}/a.json' matches no file"),
+        (
+            "train data=text data.files=['~nobody-here/a'] --dry-run",
+            "~nobody-here/a: nobody here has such a home; write the whole path",
+        ),
+        ("train run.dir='~nobody-here/a' --dry-run", "run.dir=~nobody-here/a: nobody here has such a home; write the whole path"),
+        ("train cluster.gpus_per_worker=1000 --dry-run", "cluster.num_workers=2 x 1000 GPU asks for 2000 GPUs; this machine has"),
+        ("train cluster.num_workers=16 cluster.cpus_per_worker=99 --dry-run", "asks for 1584 CPUs; this machine has"),
+        ("train cluster.num_workers=1000", "cluster.num_workers=1000 is more than data.global_batch_size=16"),
+        ("train optim.accumulation=32", "cluster.num_workers=2 x optim.accumulation=32 is more than data.global_batch_size=16"),
+        (
+            "train cluster.num_workers=3",
+            "data.global_batch_size=16 is not divisible by cluster.num_workers x optim.accumulation = 3",
+        ),
+        ("train run.fork=true", "run.fork=true needs the run to start from; give run.name"),
+        ("train run.fork=true run.name=x data.files=[a.txt]", "run.fork=true: runs/x holds no run to start from"),
         ("sweep sweep=nope", "there is no sweep/nope.yaml; sweep has depth_x_penalty"),
         ("submit", "submit was given nothing; needed is train or sweep"),
         ("submit cluster=ray", "submit was given cluster=ray; needed is train or sweep"),
@@ -87,7 +113,7 @@ def test_a_mistake_is_one_line_and_status_2(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: str, told: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert told in refusal(capsys, *argv.split())
+    assert told.replace("{here}", str(tmp_path)) in refusal(capsys, *argv.split())
     assert not list(tmp_path.iterdir())
 
 

@@ -181,7 +181,7 @@ def test_bad_runs_are_refused_in_one_line(copied: Path, text_run: Config, capsys
         (checkpoint / "dense.safetensors").write_bytes(b"damaged")
     assert "dense.safetensors is damaged or missing" in refusal(capsys, copied)
     shutil.rmtree(newest.parent)
-    assert "has no checkpoint yet; train it first" in refusal(capsys, copied)
+    assert f"no checkpoint yet; train it first: distcond train --config {copied}/config.yaml" in refusal(capsys, copied)
 
 
 def test_the_table_begins_with_the_four_figures_of_a_proof_of_concept(

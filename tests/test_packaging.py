@@ -80,13 +80,11 @@ def test_the_installed_package_composes_inside_the_checkout(installed: Path, def
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Python of a fresh environment with both wheels, that of distcond and the one that conf/mine.py describes."""
+    """Python of a fresh environment with both wheels, that of distcond and the one that conf/README.md describes."""
     folder = tmp_path_factory.mktemp("environment")
-    code = (ROOT / "conf" / "mine.py").read_text()
-    (project,) = re.findall(r"^\[project\]\n(?:.*\n)*?(?=\"\"\")", code, re.MULTILINE)
-    system = '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n'
-    (folder / "pyproject.toml").write_text(f"{system}{project}")
-    (folder / "mine.py").write_text(code)
+    (project,) = re.findall(r"^```toml\n(# mine/pyproject.toml\n.*?)```", (ROOT / "conf" / "README.md").read_text(), re.M | re.S)
+    (folder / "pyproject.toml").write_text(project)
+    (folder / "mine.py").write_text((ROOT / "conf" / "mine.py").read_text())
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, folder, cwd=folder)
     venv.create(folder / "venv")
     site = next(folder.glob("venv/lib/python*/site-packages"))

@@ -1,5 +1,6 @@
 """Inference of flattened trees against a dense layer of the same width: many tokens at a time, and one."""
 
+import copy
 from collections.abc import Callable, Iterator
 from itertools import cycle
 
@@ -12,7 +13,7 @@ from distcond.bench.work import zipf
 from distcond.nn import FlatTree, TreeLinear, flatten
 
 COLD_NUMBERS = 2**25
-"Numbers in the copies of a dense layer that take turns: 128 MiB, so that each comes from memory."
+"Numbers in the copies of a layer that take turns: 128 MiB, so that each comes from memory."
 SINGLE_TOKENS = 64
 "Tokens that are timed one at a time, together."
 
@@ -23,11 +24,12 @@ def bench_inference(quick: bool = False) -> Iterator[Row]:
         for depth in (2, 6) if quick else (2, 4, 6):
             layer, x = zipf_tree(depth, width, tokens=512 if quick else 4096)
             flat = flatten(layer)
-            yield _row(flat, x, "flattened", {"flat": _call(flat, x), "dense": _call(_dense(width), x)})
+            pair = {"flat": flat, "dense": _dense(width)}
+            yield _row(flat, x, "flattened", {name: _call(each, x) for name, each in pair.items()})
             singles = x[:SINGLE_TOKENS, None].unbind()
-            cold = _cold_layers(width, numbers=2**16 if quick else COLD_NUMBERS)
-            turns = {"flat": _one_by_one(cycle([flat]), singles), "dense": _one_by_one(cold, singles)}
-            yield _row(flat, x[:1], "flattened, dense cold", turns, calls=len(singles))
+            for what, numbers in (("flattened, both warm", 0), ("flattened, both cold", 2**16 if quick else COLD_NUMBERS)):
+                turns = {name: _one_by_one(_copies(each, numbers), singles) for name, each in pair.items()}
+                yield _row(flat, x[:1], what, turns, calls=len(singles))
 
 
 def _row(flat: FlatTree, x: Tensor, what: str, functions: dict[str, Callable[[], object]], calls: int = 1) -> Row:
@@ -78,8 +80,10 @@ def _call(layer: nn.Module, x: Tensor) -> Callable[[], object]:
     return lambda: layer(x)
 
 
-def _cold_layers(width: int, numbers: int) -> Iterator[nn.Module]:
-    return cycle([_dense(width) for _ in range(numbers // width**2)])
+def _copies(layer: nn.Module, numbers: int) -> Iterator[nn.Module]:
+    """Turns of as many copies as hold so many numbers, at least one."""
+    held = sum(tensor.numel() for tensor in layer.state_dict().values())
+    return cycle([copy.deepcopy(layer) for _ in range(max(1, numbers // held))])
 
 
 def _one_by_one(layers: Iterator[nn.Module], singles: tuple[Tensor, ...]) -> Callable[[], object]:

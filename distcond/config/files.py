@@ -20,6 +20,8 @@ MAX_DEPTH = 50
 "Of mappings and lists inside of each other; a run has 3."
 PATHS = ("run.dir", "run.name", "sweep.name", "data.cache_dir", "train.init_from")
 "Keys whose texts are names of folders."
+EXPANDED = ("run.dir", "data.cache_dir", "data.tokenizer", "train.init_from")
+"Keys whose texts may begin with ~ or ~user."
 MAX_NAME, MAX_PATH = 200, 3000
 "Bytes; file systems have 255 and 4096, and some are added."
 FUNCTIONS = ("now", "oc.select")
@@ -59,6 +61,7 @@ def check_values(values: Any) -> None:
             )
             need(_is_text(value), f"{key}={value[:MAX_NAME]!r} is no text: it holds a NUL, or half of a character.")
             need(key not in PATHS or _is_path(value), f"{key}={value[:MAX_NAME]!r} is too long for a folder, or no plain text.")
+            need(key not in EXPANDED or _has_home(value), f"{key}={value}: nobody here has such a home; write the whole path.")
         elif isinstance(value, float):
             need(math.isfinite(value), f"{key}={value}: needed is a finite number.")
         elif isinstance(value, int):
@@ -76,6 +79,10 @@ def _is_text(text: str) -> bool:
 def _is_path(text: str) -> bool:
     data = text.encode("utf-8", "replace")
     return text.isprintable() and len(data) <= MAX_PATH and max(map(len, data.split(b"/"))) <= MAX_NAME
+
+
+def _has_home(text: str) -> bool:
+    return not text.startswith("~") or os.path.expanduser(text) != text  # noqa: PTH111 - which raises where there is none
 
 
 def leaves(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

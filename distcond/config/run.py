@@ -39,7 +39,7 @@ class RunConfig:
     dir: str = "runs"
     "Folder of run folders."
     fork: bool = False
-    "Start a new run, `<name>-fork`, from the newest checkpoint of run.name; any other settings may then differ."
+    "Start a new run, `<name>-fork`, from the newest checkpoint of run.name, with its settings but for those that are typed."
 
     def __post_init__(self) -> None:
         need(
@@ -69,11 +69,17 @@ class Config:
         need(self.seed >= 0, f"seed={self.seed} is negative; use 0 or more.")
         parts = self.cluster.num_workers * self.optim.accumulation
         size = self.data.global_batch_size
-        lower = size // parts * parts
+        lower, workers, accumulation = size // parts * parts, self.cluster.num_workers, self.optim.accumulation
+        need(
+            parts <= size,
+            f"cluster.num_workers={workers}{f' x optim.accumulation={accumulation}' if accumulation > 1 else ''} is more than "
+            f"data.global_batch_size={size}, for every worker needs an example at a time; use a smaller number, or "
+            f"data.global_batch_size={parts}.",
+        )
         need(
             size % parts == 0,
             f"data.global_batch_size={size} is not divisible by cluster.num_workers x optim.accumulation = {parts}; "
-            f"use {f'{lower} or ' if lower else ''}{lower + parts}.",
+            f"use {lower} or {lower + parts}.",
         )
         check_reads(self.model.name, self.data.name, is_text=self.data.name in TEXTS or self.data.name not in {*DataName})
 

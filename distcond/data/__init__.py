@@ -3,7 +3,17 @@
 from distcond.config.shape import TaskShape
 from distcond.data.batch import Batch
 from distcond.data.batches import Feeder, LocalFeeder, num_validation_batches
-from distcond.data.tasks import Task, build_task
+from distcond.data.tasks import Task, build_task, check_files
 from distcond.data.text import absolute_paths
 
-__all__ = ["Batch", "Feeder", "LocalFeeder", "Task", "TaskShape", "absolute_paths", "build_task", "num_validation_batches"]
+__all__ = [
+    "Batch",
+    "Feeder",
+    "LocalFeeder",
+    "Task",
+    "TaskShape",
+    "absolute_paths",
+    "build_task",
+    "check_files",
+    "num_validation_batches",
+]

@@ -11,7 +11,7 @@ from typing import Any
 from distcond.config import DataConfig
 from distcond.data.corpus import Corpus, Run, Source, in_turn, open_corpus
 from distcond.data.shard import Chunk
-from distcond.data.text import BUILDERS, Holdout, is_local_folder, local_files
+from distcond.data.text import BUILDERS, Holdout, TextFile, is_local_folder, local_files
 from distcond.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -24,8 +24,16 @@ def open_hub(config: DataConfig, run: Run = in_turn) -> Corpus:
     need no network and see the same bytes.
     Raises DataError if the data set cannot be loaded or has no such text.
     """
-    files = list(config.files)
-    local = []
+    files, local = hub_files(config)
+    most = config.shard_mib * 2**20
+    identity = [config.path, config.subset, files, config.column, config.validation_fraction, most, local]
+    source = Source("hub", identity, lambda: _plan(config, files, most), config.tokenizer)
+    return open_corpus(config.cache_dir, source, run)
+
+
+def hub_files(config: DataConfig) -> tuple[list[str], list[TextFile]]:
+    """The files that `datasets` is given, and those of them, or of a folder, that are here. Raises DataError for missing ones."""
+    files, local = list(config.files), list[TextFile]()
     if config.path in BUILDERS:
         urls = [file for file in files if "://" in file]
         patterns = [file for file in files if "://" not in file]
@@ -35,10 +43,7 @@ def open_hub(config: DataConfig, run: Run = in_turn) -> Corpus:
         files = urls + [file.path for file in local]
     elif is_local_folder(config.path):
         local = local_files([f"{config.path}/**/*"])
-    most = config.shard_mib * 2**20
-    identity = [config.path, config.subset, files, config.column, config.validation_fraction, most, local]
-    source = Source("hub", identity, lambda: _plan(config, files, most), config.tokenizer)
-    return open_corpus(config.cache_dir, source, run)
+    return files, local
 
 
 @dataclass(frozen=True, slots=True)

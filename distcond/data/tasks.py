@@ -13,10 +13,10 @@ from distcond.data.batch import Batch
 from distcond.data.corpus import Corpus, Run, in_turn
 from distcond.data.generated import GeneratedTask
 from distcond.data.graves import logic, parity
-from distcond.data.hub import open_hub
+from distcond.data.hub import hub_files, open_hub
 from distcond.data.mixture import Mixture, allotted
 from distcond.data.sort import sort
-from distcond.data.text import open_stdlib, open_text
+from distcond.data.text import BUILDERS, local_files, open_stdlib, open_text
 from distcond.data.tokens import vocabulary_of
 from distcond.data.windows import ByteTask
 
@@ -81,6 +81,15 @@ def texts_of(config: DataConfig) -> list[DataConfig]:
     if config.name == DataName.mixture:
         return [text for _, text in config.parts().values()]
     return [config] if config.name in TEXTS else []
+
+
+def check_files(config: DataConfig) -> None:
+    """Look for the local files of all texts, and open none. Raises DataError as `open_source` does where there are none."""
+    for text in texts_of(config):
+        if text.name == DataName.text:
+            local_files(text.files)
+        elif text.name == DataName.hub and text.path in BUILDERS:  # of a folder, which is there, all files would be looked up
+            hub_files(text)
 
 
 def open_source(config: DataConfig, run: Run = in_turn) -> Corpus:

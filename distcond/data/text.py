@@ -120,17 +120,23 @@ def _absolute_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_local_folder(path: str) -> bool:
     """Whether `data.path` is a folder here. NOTE: without a slash it is a builder or a name on the hub."""
-    return "/" in path and Path(path).expanduser().is_dir()
+    return "/" in path and os.path.isdir(os.path.expanduser(path))  # noqa: PTH111, PTH112 - these take any text
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
+    try:
+        return str(Path(path).expanduser().absolute())
+    except RuntimeError as error:
+        raise DataError(f"{path}: nobody here has such a home; write the whole path.") from error
 
 
 def _match(pattern: str) -> list[Path]:
     path = Path(_absolute(pattern))
-    # NOTE: not Path.glob, which refuses absolute patterns.
-    matches = [path] if path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]  # noqa: PTH207
+    try:
+        # NOTE: not Path.glob, which refuses absolute patterns.
+        matches = [path] if path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]  # noqa: PTH207
+    except OSError as error:  # too long for a name
+        raise DataError(f"data.files: {pattern[:200]!r} cannot be looked for ({error.strerror}); name other files.") from error
     files = [match for match in matches if match.is_file()]
     if not files:
         found = "matches only folders" if matches else "matches no file"

@@ -3,6 +3,8 @@
 Legend: T positions, I input features, G targets of a position.
 """
 
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from distcond.train.table_files import tree_layers
 
 MAX_INPUT = 2**20
 "Bytes; a model sees the last few hundred."
+SUFFIXES = (".txt", ".md", ".py", ".json", ".jsonl", ".csv", ".html")
+"Of the names of files."
 MORE_STEPS = 2
 "Steps beyond the position's own that are forced on it, too."
 MOST_FORCED = 32
@@ -67,30 +71,49 @@ def question_of(served: Served, given: str, position: int | None) -> Question:
     return Question(ids[first : place + 1], first, ids[place + 1 : place + 2] if place + 1 < len(ids) else None)
 
 
-def read_input(given: str) -> str:
-    """A text, or that of a file of this name. Raises DataError for an empty, binary or huge one."""
+def read_input(given: str) -> tuple[str, str]:
+    """A text, or that of a file of this name, or of standard input (-); and which it was, for the user.
+
+    Raises DataError for an empty, binary or huge one, and for the name of a file that is not there.
+    """
+    if given == "-":
+        text = _decoded(sys.stdin.buffer.read(MAX_INPUT + 1), given)
+        return text, f"standard input, {len(text.encode()):,} bytes"
     file = Path(given)
     try:
         is_file = file.is_file()
     except OSError:  # too long for a name
         is_file = False
-    if not is_file:
-        if not given:
-            raise DataError("--input is empty; give a text, or a file's name.")
-        return given
-    with file.open("rb") as stream:
-        data = stream.read(MAX_INPUT + 1)
+    if is_file:
+        with file.open("rb") as stream:
+            text = _decoded(stream.read(MAX_INPUT + 1), given)
+        return text, f"file {file}, {len(text.encode()):,} bytes"
+    if not given:
+        raise DataError("--input is empty; give a text, or a file's name.")
+    if _looks_like_a_path(given):
+        raise DataError(
+            f"--input {given} is no file; give the name of one. If it is the text itself: "
+            f"printf %s {shlex.quote(given)} | distcond explain RUN --input -"
+        )
+    return given, f"text of {len(given.encode('utf-8', 'surrogateescape')):,} bytes"
+
+
+def _looks_like_a_path(text: str) -> bool:
+    is_json = text[0] in '[{"'
+    return not is_json and not any(map(str.isspace, text)) and ("/" in text or text.endswith(SUFFIXES))
+
+
+def _decoded(data: bytes, name: str) -> str:
     if not data:
-        raise DataError(f"--input {file} is empty; give a text, or another file.")
+        raise DataError(f"--input {name} is empty; give a text, or another file.")
     if len(data) > MAX_INPUT:
-        size = file.stat().st_size
-        raise DataError(f"--input {file} has {size:,} bytes, of which a model sees a few hundred; cut out at most {MAX_INPUT:,}.")
+        raise DataError(f"--input {name} has over {MAX_INPUT:,} bytes, of which a model sees a few hundred; cut out fewer.")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"--input {file} is not UTF-8 ({error.reason}, byte {error.start}); give a text in UTF-8.") from error
+        raise DataError(f"--input {name} is not UTF-8 ({error.reason}, byte {error.start}); give a text in UTF-8.") from error
     if "\0" in text:
-        raise DataError(f"--input {file} is binary (byte {text.index(chr(0))} is 0); give a text.")
+        raise DataError(f"--input {name} is binary (byte {text.index(chr(0))} is 0); give a text.")
     return text
 
 

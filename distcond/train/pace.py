@@ -19,6 +19,8 @@ RECENT_ROWS = 10
 "Of the metrics of a run that are looked at."
 MOST_EXAMPLES = 4
 "Of a micro-batch that is timed: a dry run takes seconds."
+TIMED_STEPS = 3
+"The fastest one counts: the first warms up, and whatever else runs here only makes them slower."
 MOST_MACS, MOST_WEIGHTS = 2e10, 2e7
 "About a second of one core."
 
@@ -29,7 +31,7 @@ def seconds_per_step(config: Config) -> tuple[float, str] | None:
     The latter are forward and backward passes in this process: without other ranks, their exchange, or the update. None for
     GPUs, and for models that multiply more than MOST_WEIGHTS or MOST_MACS.
     """
-    known = _recent_step_ms(RunFolder(Path(config.run.dir) / config.run.name).metrics) if config.run.name else []
+    known = _recent_step_ms(RunFolder.of(config).metrics) if config.run.name else []
     if known:
         return statistics.median(known) / 1e3, "by its metrics"
     halting, length = config.model.halting, shape_of(config.data).max_length
@@ -72,11 +74,11 @@ def _timed(config: Config) -> float:
         batch = build_task(config.data).rows(0, 0, number, slice(0, number))
     inputs = [torch.from_numpy(array) for array in (batch.inputs, batch.targets, batch.lengths)]
     seconds = []
-    for _ in range(2):  # the first one warms up
+    for _ in range(TIMED_STEPS):
         start = time.perf_counter()
         learner(*inputs)[0].backward()
         seconds.append(time.perf_counter() - start)
-    return seconds[-1] * size / number * config.optim.accumulation
+    return min(seconds) * size / number * config.optim.accumulation
 
 
 def _noise(number: int, length: int, vocabulary: int) -> Batch:

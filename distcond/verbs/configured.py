@@ -1,9 +1,10 @@
 """The verbs that take a configuration: train, sweep, submit, prepare."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
-from distcond.config import Config
+from distcond.config import ClusterName, Config
 from distcond.errors import ConfigError
 from distcond.verbs.parser import Parser, configure_logging
 
@@ -18,7 +19,7 @@ def train(argv: list[str]) -> int:
     if flags:
         return _ask_hydra(args, flags)
     configure_logging()
-    config = _configuration(args)
+    config = _configuration(args, may_fork=True)
     from distcond.train.fits import check_fits
 
     check_fits(config)
@@ -114,28 +115,49 @@ def _ask_hydra(args: argparse.Namespace, flags: list[str]) -> int:
     return compose.hydra_main([*flags, *config_dir, *args.overrides])
 
 
-def _configuration(args: argparse.Namespace) -> Config:
-    from distcond import compose
-
+def _configuration(args: argparse.Namespace, *, may_fork: bool = False) -> Config:
     if args.multirun:
         raise ConfigError("--multirun: a search over values is `distcond sweep`, e.g. distcond sweep sweep=depth_x_penalty.")
     if not args.config:
-        return compose.compose(args.overrides, args.config_dir)
+        from distcond.command_line import typed
+
+        return typed(args.overrides, args.config_dir, may_fork=may_fork)
     if args.overrides or args.config_dir:
         extra = args.overrides[0] if args.overrides else "--config-dir"
         raise ConfigError(f"--config {args.config} is run as it is; remove {extra}, or remove --config and compose anew.")
-    return compose.load_config(Path(args.config))
+    from distcond.compose import load_config
+
+    return load_config(Path(args.config))
 
 
 def _dry_run(config: Config) -> int:
-    from distcond import compose
-    from distcond.cluster.initial import check_start
-    from distcond.train.deepspeed_options import deepspeed_options
+    from distcond.compose import to_yaml
     from distcond.train.plan import describe
-    from distcond.train.run_folder import parent_of
 
-    deepspeed_options(config)  # refuses what the run would refuse
-    start = check_start([compose.override(config, {"train.init_from": parent_of(config)})])
-    print(compose.to_yaml(config))
+    start = _check_launch(config)
+    print(to_yaml(config))
     print("\n".join(filter(None, [describe(config), start])))
     return 0
+
+
+def _check_launch(config: Config) -> str:
+    """Refuse what `launch` would refuse before it starts or writes anything; a line on the run that this one starts from."""
+    from distcond.cluster.initial import check_start
+    from distcond.cluster.local import preflight
+    from distcond.cluster.trainer import name_run
+    from distcond.compose import load_config
+    from distcond.data import absolute_paths, check_files
+    from distcond.train.deepspeed_options import deepspeed_options
+    from distcond.train.run_folder import RunFolder, check_continues
+
+    deepspeed_options(config)
+    if config.cluster.name == ClusterName.local:
+        preflight(config.cluster)
+    named = name_run(config)
+    named = replace(named, data=absolute_paths(named.data))
+    folder, is_fork = RunFolder.of(named), config.run.fork
+    start = "" if is_fork else check_start([named])
+    check_files(named.data)
+    if folder.config_file.is_file() and not is_fork:
+        check_continues(load_config(folder.config_file), named, folder.path)
+    return start

@@ -71,7 +71,7 @@ def explain(argv: list[str]) -> int:
     """`distcond explain`."""
     parser = Parser(prog="distcond explain", description="Why a model says what it says at one position.", allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN", help="its folder, e.g. runs/first")
-    parser.add_argument("--input", metavar="TEXT|FILE", help="a text, or JSON vectors of a task")
+    parser.add_argument("--input", metavar="TEXT|FILE|-", help="a text, or JSON vectors of a task")
     parser.add_argument("--position", type=int, metavar="N", help="from 0; default: the last one whose target is known")
     parser.add_argument("--layer", default="", metavar="NAME", help="default: the first tree layer")
     parser.add_argument("--step", type=int, help="a checkpoint other than the latest")
@@ -93,8 +93,9 @@ def explain(argv: list[str]) -> int:
     result: dict[str, Any] = {}
     shown = []
     if args.input is not None:
-        result |= explain(args.run, read_input(args.input), layer=args.layer, position=args.position, step=args.step)
-        shown.append(show(result))
+        text, source = read_input(args.input)
+        result |= explain(args.run, text, layer=args.layer, position=args.position, step=args.step)
+        shown.append(f"input  {source}\n{show(result)}")
     if args.others:
         result["stability"] = stability([args.run, *args.others], args.layer)
         shown.append(show_stability(result["stability"]))

@@ -118,6 +118,7 @@ def test_the_fraction_is_that_of_the_files() -> None:
         (["a/*.txt", "none/*.txt"], r"none/\*\.txt' matches no file"),
         (["a"], r"matches only folders.*/a/\*\*/\*\.txt"),
         (["empty"], r"all 1 files are empty"),
+        (["x" * 300], r"x+' cannot be looked for \(File name too long\); name other files"),
     ],
 )
 def test_mistakes_are_named_in_one_line(folder: Path, files: list[str], message: str) -> None:

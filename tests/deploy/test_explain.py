@@ -1,5 +1,6 @@
 """distcond explain: parts that sum to the whole, and changes that are what the model does when it is changed."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -286,6 +287,7 @@ def test_tables_and_json(capsys: pytest.CaptureFixture[str], run: str, tmp_path:
     assert main(["explain", run, "--input", str(tmp_path / "text"), "--with", run, run, "--json", str(file)]) == 0
     out = capsys.readouterr().out
     found = json.loads(file.read_text())
+    assert out.startswith(f"input  file {tmp_path}/text, 6 bytes\nposition ")
     assert "shares sum to 1.000000" in out and "with one bit flipped" in out and "(own)" in out
     assert found["target"] == "e" and found["stability"]["depth"] == 3 and len(found["stability"]["pairs"]) == 3
     assert all(pair["adjusted_rand_per_level"] == [1.0, 1.0, 1.0] for pair in found["stability"]["pairs"])
@@ -302,6 +304,7 @@ def test_tables_and_json(capsys: pytest.CaptureFixture[str], run: str, tmp_path:
         ("{run} --input {tmp}/empty", "empty is empty"),
         ("{run} --input {tmp}/binary", "binary is binary (byte 1 is 0)"),
         ("{run} --input {tmp}/latin", "latin is not UTF-8"),
+        ("{run} --input {tmp}/none", "none is no file; give the name of one."),
         ("{run} --input a --json no/file", "no is not a folder"),
         ("{run} --with {tmp}", "is not a run folder"),
     ],
@@ -316,5 +319,20 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Pat
 
 def test_a_text_is_read_as_it_is_or_from_its_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("über\n")
-    assert read_input(str(tmp_path / "file")) == "über\n"
-    assert read_input("x" * 5000) == "x" * 5000
+    assert read_input(str(tmp_path / "file")) == ("über\n", f"file {tmp_path}/file, 6 bytes")
+    assert read_input("x" * 5000) == ("x" * 5000, "text of 5,000 bytes")
+    for text in ("1 / 2", "see a.txt now", '{"inputs":[[0.5]],"a":"/"}', "[1,2]", "a.b", "def"):
+        assert read_input(text) == (text, f"text of {len(text)} bytes")
+
+
+def test_a_text_is_read_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a/b")))
+    assert read_input("-") == ("a/b", "standard input, 3 bytes")
+
+
+@pytest.mark.parametrize("name", ["corpus/a", "a.txt", "/no/such", "~/a.py"])
+def test_the_name_of_a_file_that_is_not_there_is_not_taken_for_a_text(name: str) -> None:
+    with pytest.raises(DataError) as refused:
+        read_input(name)
+    told = f"--input {name} is no file; give the name of one. If it is the text itself: printf %s "
+    assert str(refused.value).startswith(told) and str(refused.value).endswith(" | distcond explain RUN --input -")

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from distcond.cli import main
+from distcond.compose import save_config
 from distcond.config import Config
 from distcond.data.tasks import build_task
 from distcond.errors import ConfigError
@@ -16,7 +18,7 @@ from distcond.table import SubtreePlan
 from distcond.train.fits import check_fits, cost_of
 from distcond.train.learner import learner_for
 from distcond.train.plan import describe
-from tests.helpers import small_config, text_config
+from tests.helpers import changed, small_config, text_config
 
 CONFIGS: list[dict[str, Any]] = [
     {},
@@ -154,3 +156,37 @@ def test_what_a_crash_can_cost_is_known_from_the_metrics_of_a_run(tmp_path: Path
 def test_steps_of_a_gpu_or_of_a_large_model_are_not_timed_here(tmp_path: Path) -> None:
     for changes in ({"cluster__gpus_per_worker": 1.0}, {"model__width": 8192}):
         assert at_risk(small_config(tmp_path, **changes)).endswith("; how long one takes, its metrics will say")
+
+
+# ---- what a run would be refused for -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"cluster__gpus_per_worker": 1000.0}, "cluster.num_workers=2 x 1000 GPU asks for 2000 GPUs; this machine has"),
+        ({"data__name": "text", "data__files": ["none/*.txt"]}, "none/*.txt' matches no file"),
+        ({"data__name": "hub", "data__path": "json", "data__files": ["none.json"]}, "none.json' matches no file"),
+        ({"data__name": "mixture", "data__sources": {"a": {"name": "text", "files": ["none"], "weight": 1}}}, "none' matches no"),
+        ({"model__width": 32}, "holds a run with other settings: model.width=32 (was 16)"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would_be_refused_for_and_writes_nothing(
+    changes: dict[str, Any], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(tmp_path / "runs")
+    (tmp_path / "runs/run").mkdir(parents=True)
+    save_config(config, tmp_path / "runs/run/config.yaml")
+    save_config(changed(config, **changes), tmp_path / "config.yaml")
+    assert main(["train", "--dry-run", "--config", str(tmp_path / "config.yaml")]) == 2
+    out, err = capsys.readouterr()
+    assert told in err and err.count("\n") == 1 and out == ""
+    assert len([*tmp_path.rglob("*")]) == 4
+
+
+def test_a_dry_run_of_what_other_machines_will_do_asks_this_one_for_no_room(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_config(small_config(tmp_path, cluster__name="slurm", cluster__gpus_per_worker=1000.0), tmp_path / "config.yaml")
+    assert main(["train", "--dry-run", "--config", str(tmp_path / "config.yaml")]) == 0
+    assert "ranks               2" in capsys.readouterr().out

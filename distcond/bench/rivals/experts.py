@@ -61,7 +61,7 @@ def _tree(depth: int, storage: str) -> TreeLinear:
 
 
 def _options() -> dict[str, Any]:
-    adam = {"lr": 1e-5, "torch_adam": True, "adam_w_mode": True}
+    adam = {"lr": 1e-5, "torch_adam": True, "adam_w_mode": True, "fused": True}
     return {
         "train_micro_batch_size_per_gpu": TOKENS,
         "gradient_clipping": 1.0,
