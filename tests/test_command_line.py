@@ -60,6 +60,11 @@ def test_random_changes_come_back(seed: int) -> None:
     assert compose(overrides_of(config)) == config
 
 
+def test_a_line_that_is_printed_of_a_run_can_be_typed_whatever_nothing_reads(tmp_path: Path) -> None:
+    config = small_config(tmp_path, data__name="text", data__files=["a.txt"], data__num_bits=8, model__name="rnn", model__heads=2)
+    assert typed(overrides_of(config)) == config
+
+
 # ---- lines that are typed ----------------------------------------------------------------------------------------------
 
 

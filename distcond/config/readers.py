@@ -4,8 +4,6 @@ from collections.abc import Collection, Mapping
 
 from distcond.config.check import need
 from distcond.config.choices import TEXTS, DataName, ModelName
-from distcond.config.data import DataConfig
-from distcond.config.model import ModelConfig
 from distcond.config.run import Config
 
 _LOCAL = (DataName.text, DataName.hub, DataName.mixture)
@@ -44,18 +42,18 @@ READERS: Mapping[str, Mapping[str, Collection[str]]] = {
 
 
 def check_read(config: Config, typed: Collection[str]) -> None:
-    """Refuse typed keys that what was chosen does not read, unless they say what holds anyway. Raises ConfigError."""
-    _check("data", config.data, tuple(DataName), typed)
-    _check("model", config.model, tuple(ModelName), typed)
+    """Refuse typed keys that what was chosen does not read, unless they say what holds anyway. Raises ConfigError.
 
-
-def _check(section: str, chosen: DataConfig | ModelConfig, shipped: Collection[str], typed: Collection[str]) -> None:
-    default = type(chosen)()
-    for key, readers in READERS[section].items():
-        value = getattr(chosen, key)
-        is_idle = f"{section}.{key}" in typed and chosen.name in shipped and chosen.name not in readers
-        need(
-            not is_idle or value == getattr(default, key),
-            f"{section}.{key}={value} is read by {section}={', '.join(readers)}, not by {section}={chosen.name}; "
-            f"use {section}={next(iter(readers))}, or leave {section}.{key} out.",
-        )
+    Whoever types `data.name=parity` instead of `data=parity` spells a configuration out, as the lines that distcond prints
+    do: there, keys that nothing reads may stand.
+    """
+    for section, chosen, shipped in (("data", config.data, tuple(DataName)), ("model", config.model, tuple(ModelName))):
+        if f"{section}.name" in typed or chosen.name not in shipped:
+            continue
+        for key, readers in READERS[section].items():
+            value = getattr(chosen, key)
+            need(
+                chosen.name in readers or f"{section}.{key}" not in typed or value == getattr(type(chosen)(), key),
+                f"{section}.{key}={value} is read by {section}={', '.join(readers)}, not by {section}={chosen.name}; "
+                f"use {section}={next(iter(readers))}, or leave {section}.{key} out.",
+            )
