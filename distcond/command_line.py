@@ -11,7 +11,7 @@ from distcond.compose import compose, draft, load_config, override, to_dict
 from distcond.config import Config, RunConfig
 from distcond.config.readers import check_read
 from distcond.errors import ConfigError, RunError
-from distcond.train.run_folder import RunFolder
+from distcond.train.run_folder import RunFolder, check_forks
 
 
 def typed(words: Sequence[str], config_dir: str | None = None, *, may_fork: bool = False) -> Config:
@@ -33,8 +33,7 @@ def _of_parent(words: Sequence[str], config_dir: str | None) -> list[str]:
     if not run.fork:
         return []
     parent = RunFolder(Path(run.dir).expanduser() / run.name)
-    if not parent.config_file.is_file():
-        raise RunError(f"run.fork=true: {parent.path} holds no run to start from; check run.name and run.dir.")
+    check_forks(parent)
     try:
         old = overrides_of(load_config(parent.config_file))
     except ConfigError as error:

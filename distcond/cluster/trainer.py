@@ -56,6 +56,17 @@ def name_run(config: Config) -> Config:
     return override(config, {**folders, "run.name": name})
 
 
+def ready(config: Config) -> tuple[Config, str]:
+    """A configuration for workers, which run in other folders: named, with absolute paths; and a line on where it starts from.
+
+    Raises UserError for what the workers would refuse, before anything is started or written.
+    """
+    deepspeed_options(config)
+    config = name_run(config)
+    config = replace(config, data=absolute_paths(config.data))
+    return config, "" if config.run.fork else check_start([config])
+
+
 def prepare_run(config: Config) -> Path:
     """Create the run folder of a named configuration, or check that this configuration continues what is in it.
 
@@ -163,11 +174,8 @@ def launch(config: Config) -> dict[str, Any]:
     Raises UserError for what the user can mend and TrainingError for any other failure.
     """
     start = time.monotonic()
-    deepspeed_options(config)  # refuses what the workers would refuse
     preflight(config.cluster)
-    config = name_run(config)
-    config = replace(config, data=absolute_paths(config.data))  # workers run in other folders
-    start_line = "" if config.run.fork else check_start([config])
+    config, start_line = ready(config)
     build_task(config.data)  # prepares a text, or refuses it, before anything is started
     console, is_fork = Console(), config.run.fork
     if is_fork:

@@ -2,12 +2,11 @@
 
 import json
 import re
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from distcond.compose import compose_node, to_dict
+from distcond.compose import draft, to_dict
 from distcond.config import Config, DataName
 from distcond.train.run_folder import RunFolder, find_parent, flat
 
@@ -58,8 +57,7 @@ def settings_changed(config: Config) -> dict[str, Any]:
 @cache
 def _composed(*options: str) -> dict[str, Any]:
     """What these options of groups give, by dotted key."""
-    values = flat(compose_node(options)).items()
-    return {key: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value for key, value in values}
+    return flat(draft(options))
 
 
 def seeds_beside(folder: RunFolder, metric: str) -> dict[str, dict[str, Any]]:

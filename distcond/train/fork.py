@@ -11,7 +11,7 @@ from distcond.config import Config
 from distcond.errors import RunError
 from distcond.nn.budget import StepBudget
 from distcond.train.checkpoint import newest_checkpoint, passed_over, read_state
-from distcond.train.run_folder import RunFolder, write_json
+from distcond.train.run_folder import RunFolder, check_forks, write_json
 from distcond.train.sealing import LATEST, MANIFEST, STATE, fingerprint
 
 
@@ -23,8 +23,7 @@ def fork_run(config: Config, note: Callable[[str], None]) -> tuple[Config, int]:
     the old run is still being written, and where there is nothing to start from or nothing to do.
     """
     parent = RunFolder.of(config)
-    if not parent.config_file.exists():
-        raise RunError(f"run.fork=true: {parent.path} holds no run to start from; check run.name and run.dir.")
+    check_forks(parent)
     if parent.is_held():
         raise RunError(f"run.fork=true: {parent.path} is still being written; wait for that run to end, or stop it.")
     checkpoint, damaged = newest_checkpoint(parent.checkpoints)

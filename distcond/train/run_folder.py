@@ -131,6 +131,12 @@ def find_parent(child: RunFolder, parent: Path) -> RunFolder | None:
     return next((folder for folder in map(RunFolder, places) if folder.config_file.is_file()), None)
 
 
+def check_forks(parent: RunFolder) -> None:
+    """Raise RunError where there is no run that `run.fork=true` could start from."""
+    if not parent.config_file.is_file():
+        raise RunError(f"run.fork=true: {parent.path} holds no run to start from; check run.name and run.dir.")
+
+
 def check_continues(old: Config, new: Config, folder: Path) -> None:
     """Refuse to continue a run with settings that make it a different run.
 

@@ -1,7 +1,6 @@
 """The verbs that take a configuration: train, sweep, submit, prepare."""
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 from distcond.config import ClusterName, Config
@@ -142,22 +141,17 @@ def _dry_run(config: Config) -> int:
 
 def _check_launch(config: Config) -> str:
     """Refuse what `launch` would refuse before it starts or writes anything; a line on the run that this one starts from."""
-    from distcond.cluster.initial import check_start
     from distcond.cluster.local import preflight
-    from distcond.cluster.trainer import name_run
+    from distcond.cluster.trainer import ready
     from distcond.compose import load_config
-    from distcond.data import absolute_paths, check_files
-    from distcond.train.deepspeed_options import deepspeed_options
+    from distcond.data import check_files
     from distcond.train.run_folder import RunFolder, check_continues
 
-    deepspeed_options(config)
     if config.cluster.name == ClusterName.local:
         preflight(config.cluster)
-    named = name_run(config)
-    named = replace(named, data=absolute_paths(named.data))
-    folder, is_fork = RunFolder.of(named), config.run.fork
-    start = "" if is_fork else check_start([named])
+    named, start = ready(config)
+    folder = RunFolder.of(named)
     check_files(named.data)
-    if folder.config_file.is_file() and not is_fork:
+    if folder.config_file.is_file() and not named.run.fork:
         check_continues(load_config(folder.config_file), named, folder.path)
     return start
