@@ -263,20 +263,25 @@ def test_a_forest_is_its_trees_one_by_one(depth: int, full: int) -> None:
 
 @needs_gcc
 @pytest.mark.usefixtures("compiled")
-def test_results_repeat_bit_for_bit_and_any_number_of_threads_agrees() -> None:
+@pytest.mark.parametrize(
+    ("width", "out", "tokens", "leaves"), [(72, 80, 300, "random"), (300, 40, 90, "random"), (72, 80, 300, "one")]
+)
+def test_results_repeat_bit_for_bit_and_any_number_of_threads_agrees(width: int, out: int, tokens: int, leaves: str) -> None:
+    """Gradients of nodes bit for bit, where threads own runs of leaves; not so where one leaf has all tokens."""
     before, results = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 2, 5):
+        for threads in (1, 2, 2, 3, 5):
             torch.set_num_threads(threads)
-            x, grad, path, rows, nodes = make((6, 4, 72, 80, 2, 300, "random"), 0.0, bias=True)
-            schedule, out = Schedule.of(path, 4, nodes), NodeTensors(*(torch.full_like(part, torch.nan) for part in nodes))
+            x, grad, path, rows, nodes = make((6, 4, width, out, 2, tokens, leaves), 0.0, bias=True)
+            schedule, made = Schedule.of(path, 4, nodes), NodeTensors(*(torch.full_like(part, torch.nan) for part in nodes))
             y = tree_forward(x, path, rows, nodes, schedule)
-            results.append([y, *tree_backward(x, grad, path, rows, nodes, schedule, range(1, 7), out), *out])
+            results.append([y, *tree_backward(x, grad, path, rows, nodes, schedule, range(1, 7), made), *made])
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, other) for one, other in zip(results[1], results[2], strict=True))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], **CLOSE)
+        assert leaves == "one" or all(map(torch.equal, result[-4:], results[0][-4:]))
 
 
 # ---- layers and their optimiser --------------------------------------------------------------------------------------

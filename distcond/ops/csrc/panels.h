@@ -25,22 +25,60 @@ static long walk(const Tree *tree, Step *steps) {
     return count;
 }
 
+/* What each of some threads does: all panels of a run of steps, or all steps of some panels. */
+typedef struct {
+    Step *steps;
+    long count, rows, panels; /* of the steps; of a panel; of the panels */
+    long *cuts;               /* [threads + 1], where the runs begin; NULL: threads own panels */
+} Division;
+
+#define STEP_TOKENS 8 /* tokens whose products take as long as to read and write a node */
+
+static long tokens_of(const Tree *tree, const Step *step) {
+    return node_end(tree, step->level, step->node) - tree->start[tree->bounds[step->level] + step->node];
+}
+
+/* Cut the steps behind leaves of the last full level, so that runs take about as long; NULL if one takes much longer, as where
+ * a leaf has most of the tokens. */
+static long *cut_steps(const Tree *tree, const Step *steps, long count, int threads) {
+    long *cuts = calloc(threads + 1, sizeof(long)), whole = tree->tokens + STEP_TOKENS * count;
+    long done = 0, begun = 0, longest = 0, run = 1;
+    for (long at = 0; at < count; at++) {
+        int is_leaf = steps[at].level == tree->full, is_end = at + 1 == count;
+        done += STEP_TOKENS + (is_leaf ? tokens_of(tree, steps + at) : 0);
+        if (!is_end && (!is_leaf || run == threads || done < whole * run / threads)) continue;
+        if (done - begun > longest) longest = done - begun;
+        begun = done;
+        cuts[run++] = at + 1;
+    }
+    for (; run <= threads; run++) cuts[run] = count;
+    if (4 * longest * threads <= 5 * whole) return cuts;
+    free(cuts);
+    return NULL;
+}
+
+static Division division_of(const Tree *tree, int threads) {
+    Division division = {.steps = malloc((tree->bounds[tree->full + 1] + 1) * sizeof(Step)), .rows = PANEL};
+    division.count = walk(tree, division.steps);
+    if (threads > 1) division.cuts = cut_steps(tree, division.steps, division.count, threads);
+    while (!division.cuts && division.rows > V && (tree->out + division.rows - 1) / division.rows < threads) division.rows /= 2;
+    division.panels = (tree->out + division.rows - 1) / division.rows;
+    return division;
+}
+
+static void forget(Division *division) { free(division->steps), free(division->cuts); }
+
 /* What a thread works on, and with. */
 typedef struct {
     const Tree *tree;
     const Step *steps;
     long count;                           /* of the steps */
+    long first, end;                      /* of its panels */
     long p, q, rows, columns, wide;       /* the panel; wide: its columns padded */
     Rows sums[64];                        /* of the nodes on the path so far */
     float *tiles, *grads, *turned, *bias; /* a tile for each level, the same, one, rows for each level */
     float *x, *dy, *made;                 /* of a batch of tokens: their columns, their rows, and what comes of them */
 } Panel;
-
-static long panel_rows(const Tree *tree, int threads) {
-    long rows = PANEL;
-    while (rows > V && (tree->out + rows - 1) / rows < threads) rows /= 2;
-    return rows;
-}
 
 static long tile_numbers(const Tree *tree) { return PANEL * pitch(least(COLUMNS, tree->in)); }
 
@@ -49,12 +87,17 @@ static long thread_numbers(const Tree *tree) {
     return (2 * (tree->full + 1) + 1) * tile_numbers(tree) + (tree->full + 1) * PANEL + BATCH * (2 * wide + 2 * HIGH);
 }
 
-static Panel panel_of(const Tree *tree, const Step *steps, long count, float *work) {
+/* The panels of one of the threads. */
+static Panel panel_of(const Tree *tree, const Division *division, long thread, long threads, float *work) {
+    long begin = division->cuts ? division->cuts[thread] : 0, end = division->cuts ? division->cuts[thread + 1] : division->count;
     long numbers = tile_numbers(tree), levels = (tree->full + 1) * numbers, wide = pitch(least(COLUMNS, tree->in));
+    work += thread * thread_numbers(tree);
     float *batch = work + 2 * levels + numbers + (tree->full + 1) * PANEL;
     return (Panel){.tree = tree,
-                   .steps = steps,
-                   .count = count,
+                   .steps = division->steps + begin,
+                   .count = end - begin,
+                   .first = division->cuts ? 0 : division->panels * thread / threads,
+                   .end = division->cuts ? division->panels : division->panels * (thread + 1) / threads,
                    .tiles = work,
                    .grads = work + levels,
                    .turned = work + 2 * levels,
@@ -106,6 +149,23 @@ static void descend_bias(Panel *panel, const Step *step) {
     for (long i = 0; i < PANEL; i++) {
         float here = row < 0 || i >= panel->rows ? 0 : tree->nodes.bias.at[row * tree->nodes.bias.step + panel->p + i];
         sum[i] = step->level ? sum[i - PANEL] + here : here;
+    }
+}
+
+/* The node of a level on the way to a step. */
+static Step passed(const Tree *tree, const Step *step, long level) {
+    Step up = *step;
+    for (; up.level > level; up.level--) up.node = tree->parent[tree->bounds[up.level] + up.node];
+    return up;
+}
+
+/* Walk to the first step, where it is not a root. */
+static void arrive(Panel *panel) {
+    for (long level = 0; panel->count && level < panel->steps->level; level++) {
+        Step step = passed(panel->tree, panel->steps, level);
+        Ahead nothing = NOTHING;
+        if (panel->q == 0) descend_bias(panel, &step);
+        descend(panel, &step, &nothing);
     }
 }
 

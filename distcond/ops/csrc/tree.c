@@ -6,7 +6,8 @@
  * above. So every number is read from memory once, every gradient written once, both in the order in which they lie, and
  * all between stays in the caches. Low-rank levels: by runs of tokens with the same nodes.
  *
- * Threads share nothing that they write: they own panels of the full levels, and subtrees below.
+ * Threads share nothing that they write: they own runs of leaves of the full levels, or panels where one leaf has most of the
+ * tokens, and subtrees below. What runs have in common, the nodes above their borders, is summed in the end.
  */
 #include "tiles.h"
 #include "few.h"
@@ -60,28 +61,32 @@ static void leaf_forward(const Panel *panel, const Step *step, const float *x, f
     }
 }
 
-static void full_forward(const Tree *tree, const float *x, float *y, float *work, int threads) {
-    long rows = panel_rows(tree, threads), last = tree->full;
-    Step *steps = malloc((tree->bounds[last + 1] + 1) * sizeof(Step));
-    long count = walk(tree, steps);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long p = 0; p < tree->out; p += rows) {
-        Panel panel = panel_of(tree, steps, count, work + thread_number() * thread_numbers(tree));
-        for (long q = 0; q < tree->in; q += COLUMNS) {
-            place_panel(&panel, p, rows, q);
-            for (const Step *step = steps; step < steps + count; step++) {
-                if (q == 0) descend_bias(&panel, step);
-                Ahead ahead = ahead_of(&panel, step);
-                if (step->level < last) {
-                    descend(&panel, step, &ahead);
-                    continue;
-                }
-                leaf_forward(&panel, step, x, y, &ahead);
-                look(&ahead, PANEL * COLUMNS / V);
-            }
+static void panel_forward(Panel *panel, const float *x, float *y) {
+    arrive(panel);
+    for (const Step *step = panel->steps; step < panel->steps + panel->count; step++) {
+        if (panel->q == 0) descend_bias(panel, step);
+        Ahead ahead = ahead_of(panel, step);
+        if (step->level < panel->tree->full) {
+            descend(panel, step, &ahead);
+            continue;
         }
+        leaf_forward(panel, step, x, y, &ahead);
+        look(&ahead, PANEL * COLUMNS / V);
     }
-    free(steps);
+}
+
+static void full_forward(const Tree *tree, const float *x, float *y, float *work, int threads) {
+    Division division = division_of(tree, threads);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long thread = 0; thread < threads; thread++) {
+        Panel panel = panel_of(tree, &division, thread, threads, work);
+        for (long number = panel.first; number < panel.end; number++)
+            for (long q = 0; q < tree->in; q += COLUMNS) {
+                place_panel(&panel, number * division.rows, division.rows, q);
+                panel_forward(&panel, x, y);
+            }
+    }
+    forget(&division);
 }
 
 /* Gradients at the last full level: of the tokens, and of the node, written and added to that above. Returns whether the sum
@@ -140,15 +145,20 @@ static void add_bias_gradient(Panel *panel, const Step *step, const float *dy) {
         scaled(sum, 1, dy + tree->order[token] * tree->out + panel->p, panel->rows, 1);
 }
 
-/* One panel of the gradients of all full nodes, and what it adds to those of the tokens. */
+/* One panel of the gradients of full nodes, and what it adds to those of the tokens. Nodes that are open before the first step
+ * or behind the last one have descendants in other runs: `sum_shared`. */
 static void panel_backward(Panel *panel, const float *x, const float *dy, float *dx, int is_first_panel, const Nodes *out,
                            const Learn *learn, float *through) {
     const Tree *tree = panel->tree;
-    long last = tree->full, open[64];
+    long last = tree->full, open[64], shared = panel->count ? panel->steps->level : 0;
     int is_first[64];
+    arrive(panel);
+    for (long level = 0; level < shared; level++)
+        open[level] = tree->bounds[level] + passed(tree, panel->steps, level).node, is_first[level] = 1;
     for (const Step *step = panel->steps; step < panel->steps + panel->count; step++) {
         long level = step->level;
         if (level && learn->levels >> level & 1) multiplier_gradient(panel, step, x, dy, learn, through);
+        shared = least(shared, level);
         open[level] = tree->bounds[level] + step->node;
         is_first[level] = 1;
         if (level < last) {
@@ -157,7 +167,7 @@ static void panel_backward(Panel *panel, const float *x, const float *dy, float 
             continue;
         }
         if (panel->q == 0) add_bias_gradient(panel, step, dy);
-        for (; level >= step[1].level; level--) { /* what is complete */
+        for (; level >= step[1].level && level >= shared; level--) { /* what is complete */
             float *grad = tile_of(panel, panel->grads, level),
                   *grad_above = level ? tile_of(panel, panel->grads, level - 1) : NULL;
             float *to = (float *)out->weight.at + open[level] * out->weight.step + panel->p * tree->in + panel->q;
@@ -177,31 +187,54 @@ static void panel_backward(Panel *panel, const float *x, const float *dy, float 
     }
 }
 
-/* dx, through: of the first thread; more_dx, and behind it: a part for each of the others. */
-static void full_backward(const Tree *tree, const float *x, const float *dy, float *dx, float *more_dx, const Nodes *out,
-                          const Learn *learn, float *through, float *work, int threads) {
-    long rows = panel_rows(tree, threads), wanted = columns_of(learn);
-    Step *steps = malloc((tree->bounds[tree->full + 1] + 1) * sizeof(Step));
-    long count = walk(tree, steps), panels = (tree->out + rows - 1) / rows;
+/* Gradients of the nodes whose descendants several runs have in common: sums of those of their children. */
+static void sum_shared(const Tree *tree, const Division *division, const Nodes *out, int threads) {
+    for (long level = tree->full - 1; level >= 0; level--)
+        for (long run = 1, before = -1; run < threads; run++) {
+            const Step *border = division->steps + division->cuts[run];
+            if (border->level <= level) continue; /* the last step, behind all runs, is of level 0 */
+            long node = passed(tree, border, level).node, size = level_size(tree, level + 1);
+            const int64_t *parent = tree->parent + tree->bounds[level + 1];
+            if (node == before) continue;
+            before = node;
+            float *weight = (float *)out->weight.at + (tree->bounds[level] + node) * out->weight.step;
+            float *bias = (float *)out->bias.at + (tree->bounds[level] + node) * out->bias.step;
+            long child = 0;
+            while (parent[child] < node) child++;
+            for (long first = child; child < size && parent[child] == node; child++) {
+                long from = tree->bounds[level + 1] + child;
+                scaled(weight, 1, out->weight.at + from * out->weight.step, tree->out * tree->in, child > first);
+                scaled(bias, 1, out->bias.at + from * out->bias.step, tree->out, child > first);
+            }
+        }
+}
+
+/* dx, through: of the first thread; more_dx, and behind it: a part for each of the others. Returns the parts of dx. */
+static int full_backward(const Tree *tree, const float *x, const float *dy, float *dx, float *more_dx, const Nodes *out,
+                         const Learn *learn, float *through, float *work, int threads) {
+    Division division = division_of(tree, threads);
+    long wanted = columns_of(learn);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long thread = 0; thread < threads; thread++) {
-        Panel panel = panel_of(tree, steps, count, work + thread * thread_numbers(tree));
-        float *own_dx = thread ? more_dx + (thread - 1) * tree->tokens * tree->in : dx;
+        Panel panel = panel_of(tree, &division, thread, threads, work);
+        float *own_dx = thread && !division.cuts ? more_dx + (thread - 1) * tree->tokens * tree->in : dx;
         float *own_through = through + thread * tree->tokens * wanted;
-        long begin = panels * thread / threads, end = panels * (thread + 1) / threads;
         memset(own_through, 0, tree->tokens * wanted * sizeof(float));
-        for (long number = begin; number < end; number++)
+        for (long number = panel.first; number < panel.end; number++)
             for (long q = 0; q < tree->in; q += COLUMNS) {
-                place_panel(&panel, number * rows, rows, q);
-                panel_backward(&panel, x, dy, own_dx, number == begin, out, learn, own_through);
+                place_panel(&panel, number * division.rows, division.rows, q);
+                panel_backward(&panel, x, dy, own_dx, number == panel.first, out, learn, own_through);
             }
     }
-    free(steps);
+    int parts = division.cuts ? 1 : threads;
+    if (division.cuts) sum_shared(tree, &division, out, threads);
+    forget(&division);
+    return parts;
 }
 
 /* ---- entries -------------------------------------------------------------------------------------------------------- */
 
-/* Threads that have a panel each. */
+/* Threads that can have a panel each. */
 static int useful_threads(const Tree *tree, int threads) { return (int)least(threads, (tree->out + V - 1) / V); }
 
 /* Numbers of `work` that the functions below need. */
@@ -232,8 +265,8 @@ void distcond_backward(const Tree *tree, const float *x, const float *dy, float 
     int parts = useful_threads(tree, threads);
     float *more_dx = work + parts * thread_numbers(tree), *through_sorted = more_dx + (parts - 1) * tokens * tree->in;
     float *more_through = through_sorted + tokens * wanted;
-    full_backward(tree, x, dy, dx, more_dx, out, learn, through_sorted, work, parts);
-    add_parts(dx, more_dx, parts - 1, tokens * tree->in, threads);
+    int dx_parts = full_backward(tree, x, dy, dx, more_dx, out, learn, through_sorted, work, parts);
+    add_parts(dx, more_dx, dx_parts - 1, tokens * tree->in, threads);
     add_parts(through_sorted, more_through, parts - 1, tokens * wanted, threads);
     take_own(tree, x, dx, learn, through_sorted, threads);
     if (tree->full < tree->depth) low_backward(tree, x, dy, dx, out, learn, through_sorted, threads);
