@@ -82,7 +82,7 @@ class LogHook:
 class ValidationHook:
     """Validation every `train.eval_every` steps, and after the last; keeps the best figure.
 
-    Whoever asks for a stop waits for a checkpoint, not for a validation that would not be due.
+    Whoever asks for a stop waits for a checkpoint, not for a validation that would not be due, nor for one that takes long.
     """
 
     def __init__(self, tracker: Tracker | None, bytes_per_token: float = 1.0) -> None:
@@ -95,6 +95,8 @@ class ValidationHook:
         start = time.perf_counter()
         with first_answer(run.learner) as seen:
             sums = validate(run)
+        if sums is None:
+            return
         figures = quality(sums, is_text=run.learner.is_text, prefix="val", bytes_per_token=self.bytes_per_token)
         figures |= ponder(sums, "val/ponder")
         row: dict[str, float] = {"step": run.step, **figures, "perf/validation_s": time.perf_counter() - start}
@@ -143,7 +145,7 @@ class CheckpointHook:
         """Nothing to do."""
 
     def _begin(self, run: Run) -> None:
-        run.summary.update(step=run.step, stopped=run.stop and not run.is_complete)
+        run.summary.update(step=run.step, stopped=run.stop and not (run.is_complete and run.is_validated))
         step, value = run.validation or (None, None)
         run.writer.begin(
             run.step,

@@ -49,10 +49,6 @@ def run_training(
     while True:
         run = start_run(config, folder, feeder, task, note)
         start = run.step
-        if run.is_complete and run.summary.get("stopped"):  # where train.max_steps was lowered to what was done
-            run.summary["stopped"] = False
-            if run.engine.tables.world.rank == 0:
-                write_json(folder.summary_file, run.summary)
         try:
             if train(run, make_hooks(run, task, settings)):
                 return run.summary
@@ -74,9 +70,13 @@ def train(run: Run, hooks: Sequence[Hook]) -> bool:
     """Step by step to the end; False where that is out of sight, for too many steps in a row were bad."""
     try:
         if run.step == 0 and run.config.train.init_from:
-            for hook in hooks:
-                if isinstance(hook, ValidationHook):
-                    hook.after_step(run)  # what the weights it starts from are worth
+            validate_now(run, hooks)  # what the weights it starts from are worth
+        if run.is_complete and run.summary.get("stopped"):  # in its last validation, or train.max_steps was lowered since
+            if not run.is_validated:
+                validate_now(run, hooks)
+            run.summary["stopped"] = not run.is_validated
+            if run.engine.tables.world.rank == 0:
+                write_json(run.folder.summary_file, run.summary)
         while not run.is_last:
             train_step(run)
             if run.bad_steps >= run.config.train.max_bad_steps:
@@ -87,6 +87,13 @@ def train(run: Run, hooks: Sequence[Hook]) -> bool:
         for hook in reversed(hooks):
             hook.close()
     return True
+
+
+def validate_now(run: Run, hooks: Sequence[Hook]) -> None:
+    """A validation that follows no step."""
+    for hook in hooks:
+        if isinstance(hook, ValidationHook):
+            hook.after_step(run)
 
 
 def train_step(run: Run) -> None:

@@ -1,6 +1,7 @@
 """A run while it trains: what the loop changes and the hooks see."""
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +24,15 @@ from distcond.train.engine import Engine
 from distcond.train.grow import start_from
 from distcond.train.learner import learner_for
 from distcond.train.metrics import Meter
-from distcond.train.run_folder import RunFolder
+from distcond.train.run_folder import RunFolder, is_there
 from distcond.train.sealer import wait_for_orphans
 from distcond.train.table_files import load_tables, tree_layers
 from distcond.train.tree_use import TreeUse
 
 log = logging.getLogger(__name__)
+
+PATIENCE_S = 2.0
+"For a validation to end that somebody waits for who asks for a stop; one that takes longer is left out."
 
 
 @dataclass(slots=True)
@@ -72,6 +76,11 @@ class Run:
         """Whether no step follows."""
         return self.stop or self.is_complete
 
+    @property
+    def is_validated(self) -> bool:
+        """Whether the figure of this step is there."""
+        return self.validation is not None and self.validation[0] == self.step
+
 
 class Hook(Protocol):
     """Something that happens beside training. Hooks run in order, on every rank."""
@@ -107,6 +116,8 @@ def start_run(config: Config, folder: RunFolder, feeder: Feeder, task: Task, not
         log_decay = load_tables(checkpoint, learner, rank=expert.rank, size=expert.size)
         engine.tables.optimizer.log_decay = log_decay
         done = {"step": state["step"], "updates": state["updates"], "summary": state["summary"]}
+        if state["validation"] is not None:
+            done["validation"] = (state["step"], state["validation"])
         if budget is not None:
             budget.load_state_dict(state["budget"])
             learner.time_penalty = budget.penalty
@@ -156,17 +167,23 @@ def _agreed_checkpoint(folder: Path, note: Callable[[str], None], *, is_own: boo
 
 
 @torch.no_grad()
-def validate(run: Run) -> Tensor:
-    """Figures of SUMS over the validation set and all ranks, float64."""
+def validate(run: Run) -> Tensor | None:
+    """Figures of SUMS over the validation set and all ranks, float64; None where it is left out for a stop. Collective."""
     run.learner.eval()
-    world = run.engine.tables.world
+    world, asked_at, is_left_out = run.engine.tables.world, None, False
     total = torch.zeros(len(SUMS), dtype=torch.float64)
     for index in range(num_validation_batches(run.config, world.size)):
         batch = run.feeder.validation(index)
         _, sums = run.engine(*tensors(batch, run.engine.device))
         total += sums.cpu()
+        if asked_at is None and is_there(run.folder.stop_file):
+            asked_at = time.monotonic()
+        is_left_out = run.writer.agree(asked_at is not None and time.monotonic() - asked_at >= PATIENCE_S)
+        if is_left_out:
+            break
     run.learner.train()
-    return world.sum_(total)
+    run.stop = run.stop or is_left_out
+    return None if is_left_out else world.sum_(total)
 
 
 def tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

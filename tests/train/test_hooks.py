@@ -74,6 +74,43 @@ def test_a_stop_does_not_wait_for_a_validation_that_is_not_due(tmp_path: Path) -
     assert [row["step"] for row in metric_rows(tmp_path / "run") if "val/nll" in row] == [3]
 
 
+class StopsInValidation(LocalFeeder):
+    """Somebody asks for a stop while the first batch of a validation is being computed."""
+
+    num_asked = 0
+
+    def validation(self, index: int) -> Batch:
+        folder_of(self._config).stop_file.touch()
+        type(self).num_asked += 1
+        assert self.num_asked == 1, "the validation went on"
+        return super().validation(index)
+
+
+def without_patience(config: Config, rank: int, size: int) -> LocalFeeder:
+    """As where a validation goes on for longer than one waits for it."""
+    from distcond.train import state
+
+    state.PATIENCE_S = 0.0
+    return StopsInValidation(config, rank, size)
+
+
+@pytest.mark.parametrize("max_steps", [3, 50])
+def test_a_stop_does_not_wait_for_a_validation_that_takes_long(tmp_path: Path, max_steps: int) -> None:
+    """Of the last step it is made up for by the next start."""
+    config = small_config(
+        tmp_path, train__max_steps=max_steps, train__eval_every=3, checkpoint__every=50, data__validation_examples=64
+    )
+    summary = train_run(config, without_patience)
+    assert (summary["step"], summary["stopped"]) == (3, True)
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step_00000003\n"
+    assert not [row for row in metric_rows(tmp_path / "run") if "val/nll" in row]
+    folder_of(config).stop_file.unlink()
+    summary = train_run(config)
+    validated = [row["step"] for row in metric_rows(tmp_path / "run") if "val/nll" in row]
+    assert not summary["stopped"] and validated == ([3] if max_steps == 3 else [*range(6, 50, 3), 50])
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
+
+
 class StaleAtStep5(LocalFeeder):
     """The run folder's storage answers no question while step 5 is being trained, as a file server that was restarted."""
 
