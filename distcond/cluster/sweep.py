@@ -36,6 +36,7 @@ from distcond.cluster.sweep_report import (
 from distcond.command_line import train_line
 from distcond.compose import override
 from distcond.config import Config, DataConfig, Search, SweepConfig
+from distcond.config.readers import check_read
 from distcond.data import absolute_paths, build_task
 from distcond.errors import ConfigError
 from distcond.train.run_folder import RunFolder, parent_of
@@ -219,7 +220,9 @@ def plan(config: Config) -> list[Trial]:
         plan_trials(space, config.sweep.num_samples, config.seed) if is_planned else corners(space)
     ):
         try:
-            trials.append(Trial.of(base, trial_name(index, overrides), overrides))
+            trial = Trial.of(base, trial_name(index, overrides), overrides)
+            check_read(trial.config, overrides)
+            trials.append(trial)
         except ConfigError as error:
             values = ", ".join(f"{key}={value}" for key, value in overrides.items())
             raise ConfigError(f"sweep.space has a trial that cannot run ({values}): {error}") from error

@@ -77,6 +77,7 @@ def test_a_sweep_has_a_name_and_an_absolute_folder(tmp_path: Path, monkeypatch: 
         ({"model.halting.kind": ["act", "never"]}, r"model.halting.kind=never\): .*never"),
         ({"model.width": {"min": -3, "max": -1}}, r"model.width=-\d\): model.width=-\d is below 1"),
         ({"data.name": ["parity", "stdlib"]}, "sweep.space mixes text and tasks"),
+        ({"data.context": [16, 32]}, r"data.context=16\): data.context=16 is read by data=stdlib, .*, not by data=parity"),
     ],
 )
 def test_a_trial_that_cannot_run_is_refused_before_anything_starts(space: dict[str, Any], message: str, tmp_path: Path) -> None:
