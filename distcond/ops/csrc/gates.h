@@ -21,12 +21,11 @@ static long columns_of(const Learn *learn) { return __builtin_popcountll(learn->
 /* Place of a level among those whose bit is set. */
 static long slot_of(const Learn *learn, long level) { return __builtin_popcountll(learn->levels & (((int64_t)1 << level) - 1)); }
 
-/* Add dy^T (above + node) x of the tokens of a node, as far as the panel goes. above: NONE where the node is a tile. */
-static void add_through(const Panel *panel, Rows above, Rows node, const Step *of, const float *x, const float *dy, long level,
+/* Add dy^T (above + node) x of some tokens, as far as the panel goes. above: NONE where the node is a tile. */
+static void add_through(const Panel *panel, Rows above, Rows node, Tokens of, const float *x, const float *dy, long level,
                         float *through, long step) {
     const Tree *tree = panel->tree;
-    long wide = pitch(panel->columns);
-    long token = tree->start[tree->bounds[of->level] + of->node], end = node_end(tree, of->level, of->node);
+    long wide = pitch(panel->columns), token = of.begin, end = of.end;
     float *back = tile_of(panel, panel->grads, level); /* not in use */
     Ahead nothing = NOTHING;
     int is_few = end - token <= FEW;
@@ -48,12 +47,11 @@ static void add_through(const Panel *panel, Rows above, Rows node, const Step *o
     }
 }
 
-/* Add factor * dy^T bias of the tokens of a node. */
-static void add_bias_through(const Panel *panel, const float *bias, float factor, const Step *of, const float *dy, float *through,
+/* Add factor * dy^T bias of some tokens. */
+static void add_bias_through(const Panel *panel, const float *bias, float factor, Tokens of, const float *dy, float *through,
                              long step) {
     const Tree *tree = panel->tree;
-    long end = node_end(tree, of->level, of->node);
-    for (long token = tree->start[tree->bounds[of->level] + of->node]; token < end; token++)
+    for (long token = of.begin; token < of.end; token++)
         through[token * step] += factor * dot(dy + tree->order[token] * tree->out + panel->p, bias, panel->rows);
 }
 
@@ -61,15 +59,18 @@ static const float *bias_at(const Panel *panel, long row) {
     return panel->tree->nodes.bias.at + row * panel->tree->nodes.bias.step + panel->p;
 }
 
-/* What the multiplier of a level would have to gain, as far as this panel of its node goes. */
+/* What the multiplier of a level would have to gain, as far as this panel of its node and the tokens of the run go. */
 static void multiplier_gradient(const Panel *panel, const Step *step, const float *x, const float *dy, const Learn *learn,
                                 float *through) {
     const Tree *tree = panel->tree;
     long row = tree->row[tree->bounds[step->level] + step->node], columns = columns_of(learn);
     if (row < 0) return;
     through += slot_of(learn, step->level);
-    add_through(panel, ZEROS, node_of(panel, step), step, x, dy, step->level, through, columns);
-    if (panel->q == 0) add_bias_through(panel, bias_at(panel, row), 1, step, dy, through, columns);
+    Tokens of = tokens_of(tree, step);
+    if (of.begin < panel->tokens.begin) of.begin = panel->tokens.begin;
+    of.end = least(of.end, panel->tokens.end);
+    add_through(panel, ZEROS, node_of(panel, step), of, x, dy, step->level, through, columns);
+    if (panel->q == 0) add_bias_through(panel, bias_at(panel, row), 1, of, dy, through, columns);
 }
 
 /* What the flips would have to gain at a leaf of the full levels, but for dy^T W(b) x. is_formed: whether W(b) is there as a
@@ -79,18 +80,19 @@ static void flip_gradient(Panel *panel, const Step *step, const long *open, int 
     const Tree *tree = panel->tree;
     long last = tree->full, columns = columns_of(learn);
     float own_bias[PANEL] = {0};
+    Tokens own = tokens_of(tree, step);
     for (long level = 0; level <= last && panel->q == 0; level++)
         if (tree->row[open[level]] >= 0) scaled(own_bias, 1, bias_at(panel, tree->row[open[level]]), panel->rows, 1);
     for (long number = 0; number < learn->count; number++) {
         const Flip *flip = learn->flips + number;
         float *to = through + columns - learn->count + number;
         if (flip->level > last) continue;
-        if (panel->q == 0) add_bias_through(panel, own_bias, -1, step, dy, to, columns);
+        if (panel->q == 0) add_bias_through(panel, own_bias, -1, own, dy, to, columns);
         if (flip->twin[step->node] >= 0) {
-            Step twin = {last, flip->twin[step->node]};
+            Tokens twin = tokens_of(tree, &(Step){last, flip->twin[step->node]});
             Rows sum = is_formed ? NONE : above(panel, step), node = is_formed ? panel->sums[last] : node_of(panel, step);
-            add_through(panel, sum, node, &twin, x, dy, last, to, columns);
-            if (panel->q == 0) add_bias_through(panel, own_bias, 1, &twin, dy, to, columns);
+            add_through(panel, sum, node, twin, x, dy, last, to, columns);
+            if (panel->q == 0) add_bias_through(panel, own_bias, 1, twin, dy, to, columns);
             continue;
         }
         Rows sum = panel->sums[flip->level - 1];
@@ -104,8 +106,8 @@ static void flip_gradient(Panel *panel, const Step *step, const long *open, int 
             add_to(sum, rows_at(panel, row), panel->rows, panel->columns, panel->turned, &nothing, 0);
             sum = (Rows){panel->turned, pitch(panel->columns)};
         }
-        add_through(panel, NONE, sum, step, x, dy, last, to, columns);
-        if (panel->q == 0) add_bias_through(panel, bias, 1, step, dy, to, columns);
+        add_through(panel, NONE, sum, own, x, dy, last, to, columns);
+        if (panel->q == 0) add_bias_through(panel, bias, 1, own, dy, to, columns);
     }
 }
 

@@ -34,8 +34,13 @@ typedef struct {
 
 #define STEP_TOKENS 8 /* tokens whose products take as long as to read and write a node */
 
-static long tokens_of(const Tree *tree, const Step *step) {
-    return node_end(tree, step->level, step->node) - tree->start[tree->bounds[step->level] + step->node];
+/* Sorted tokens. */
+typedef struct {
+    long begin, end;
+} Tokens;
+
+static Tokens tokens_of(const Tree *tree, const Step *step) {
+    return (Tokens){tree->start[tree->bounds[step->level] + step->node], node_end(tree, step->level, step->node)};
 }
 
 /* Cut the steps behind leaves of the last full level, so that runs take about as long; NULL if one takes much longer, as where
@@ -45,7 +50,8 @@ static long *cut_steps(const Tree *tree, const Step *steps, long count, int thre
     long done = 0, begun = 0, longest = 0, run = 1;
     for (long at = 0; at < count; at++) {
         int is_leaf = steps[at].level == tree->full, is_end = at + 1 == count;
-        done += STEP_TOKENS + (is_leaf ? tokens_of(tree, steps + at) : 0);
+        Tokens tokens = tokens_of(tree, steps + at);
+        done += STEP_TOKENS + (is_leaf ? tokens.end - tokens.begin : 0);
         if (!is_end && (!is_leaf || run == threads || done < whole * run / threads)) continue;
         if (done - begun > longest) longest = done - begun;
         begun = done;
@@ -73,6 +79,7 @@ typedef struct {
     const Tree *tree;
     const Step *steps;
     long count;                           /* of the steps */
+    Tokens tokens;                        /* of the steps */
     long first, end;                      /* of its panels */
     long p, q, rows, columns, wide;       /* the panel; wide: its columns padded */
     Rows sums[64];                        /* of the nodes on the path so far */
@@ -91,11 +98,13 @@ static long thread_numbers(const Tree *tree) {
 static Panel panel_of(const Tree *tree, const Division *division, long thread, long threads, float *work) {
     long begin = division->cuts ? division->cuts[thread] : 0, end = division->cuts ? division->cuts[thread + 1] : division->count;
     long numbers = tile_numbers(tree), levels = (tree->full + 1) * numbers, wide = pitch(least(COLUMNS, tree->in));
+    const Step *steps = division->steps + begin;
     work += thread * thread_numbers(tree);
     float *batch = work + 2 * levels + numbers + (tree->full + 1) * PANEL;
     return (Panel){.tree = tree,
-                   .steps = division->steps + begin,
+                   .steps = steps,
                    .count = end - begin,
+                   .tokens = {tokens_of(tree, steps).begin, begin < end ? tokens_of(tree, steps + (end - begin - 1)).end : 0},
                    .first = division->cuts ? 0 : division->panels * thread / threads,
                    .end = division->cuts ? division->panels : division->panels * (thread + 1) / threads,
                    .tiles = work,

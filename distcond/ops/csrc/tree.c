@@ -153,8 +153,12 @@ static void panel_backward(Panel *panel, const float *x, const float *dy, float 
     long last = tree->full, open[64], shared = panel->count ? panel->steps->level : 0;
     int is_first[64];
     arrive(panel);
-    for (long level = 0; level < shared; level++)
-        open[level] = tree->bounds[level] + passed(tree, panel->steps, level).node, is_first[level] = 1;
+    for (long level = 0; level < shared; level++) {
+        Step step = passed(tree, panel->steps, level);
+        if (level && learn->levels >> level & 1) multiplier_gradient(panel, &step, x, dy, learn, through);
+        open[level] = tree->bounds[level] + step.node;
+        is_first[level] = 1;
+    }
     for (const Step *step = panel->steps; step < panel->steps + panel->count; step++) {
         long level = step->level;
         if (level && learn->levels >> level & 1) multiplier_gradient(panel, step, x, dy, learn, through);
