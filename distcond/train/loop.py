@@ -71,6 +71,7 @@ def train(run: Run, hooks: Sequence[Hook]) -> bool:
     try:
         if run.step == 0 and run.config.train.init_from:
             validate_now(run, hooks)  # what the weights it starts from are worth
+            run.summary["stopped"] = run.stop
         if run.is_complete and run.summary.get("stopped"):  # in its last validation, or train.max_steps was lowered since
             if not run.is_validated:
                 validate_now(run, hooks)

@@ -111,6 +111,18 @@ def test_a_stop_does_not_wait_for_a_validation_that_takes_long(tmp_path: Path, m
     assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
 
 
+def test_a_stop_before_the_first_step_is_a_stop(tmp_path: Path) -> None:
+    """While the weights that a run starts from are being validated: nothing is saved, nothing was done."""
+    config = small_config(tmp_path / "old", train__max_steps=3)
+    train_run(config)
+    parent = str(folder_of(config).path)
+    config = small_config(tmp_path / "new", train__max_steps=3, data__validation_examples=64, train__init_from=parent)
+    assert train_run(config, without_patience)["stopped"]
+    folder_of(config).stop_file.unlink()
+    summary = train_run(config)
+    assert (summary["step"], summary["stopped"]) == (3, False)
+
+
 class StaleAtStep5(LocalFeeder):
     """The run folder's storage answers no question while step 5 is being trained, as a file server that was restarted."""
 
