@@ -24,6 +24,8 @@ NUMBERS, QUICK_NUMBERS = 10**9, 2 * 10**6
 "In the larger table."
 TOKENS = 32
 "A rank and step. With as many tokens, each a leaf of its own, the smaller table holds about 10^6 numbers."
+STEPS = 51
+"That are timed: steps of two ranks that wait for each other scatter by a quarter."
 CHUNK = 2**16
 
 
@@ -64,7 +66,7 @@ def measure(numbers: int) -> Measured:
     small, large = _Table(num_tokens=TOKENS), _Table(num_tokens=512 * TOKENS)
     small.step()
     large.grow(numbers // NUM_RANKS)
-    times = time_in_turn({"small": small.step, "large": large.step})
+    times = time_in_turn({"small": small.step, "large": large.step}, STEPS)
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     sizes = (small.num_numbers, large.num_numbers)
     return Measured(times["small"], times["large"], *sizes, (small.count_touched(), large.count_touched()), peak)
