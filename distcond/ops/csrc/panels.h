@@ -168,14 +168,15 @@ static Step passed(const Tree *tree, const Step *step, long level) {
     return up;
 }
 
-/* Walk to the first step, where it is not a root. */
-static void arrive(Panel *panel) {
-    for (long level = 0; panel->count && level < panel->steps->level; level++) {
-        Step step = passed(panel->tree, panel->steps, level);
-        Ahead nothing = NOTHING;
-        if (panel->q == 0) descend_bias(panel, &step);
-        descend(panel, &step, &nothing);
+/* Walk to the first step, where it is not a root; returns how many nodes are passed. */
+static long arrive(Panel *panel, Step *way) {
+    long levels = panel->count ? panel->steps->level : 0;
+    Ahead nothing = NOTHING;
+    for (long level = 0; level < levels; level++) {
+        way[level] = passed(panel->tree, panel->steps, level);
+        descend(panel, way + level, &nothing);
     }
+    return levels;
 }
 
 /* Fetch the part of some tokens that the panel is about. */

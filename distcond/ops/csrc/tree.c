@@ -38,7 +38,8 @@ static int thread_number(void) {
 /* Outputs of the tokens of a node of the last full level, as far as the panel goes. */
 static void leaf_forward(const Panel *panel, const Step *step, const float *x, float *y, Ahead *ahead) {
     const Tree *tree = panel->tree;
-    long last = tree->full, token = tree->start[tree->bounds[last] + step->node], end = node_end(tree, last, step->node);
+    Tokens of = tokens_of(tree, step);
+    long last = tree->full, token = of.begin, end = of.end;
     Rows sum = above(panel, step), node = node_of(panel, step);
     long rows = padded(panel->rows), wide = pitch(panel->columns);
     int is_few = end - token <= FEW;
@@ -62,7 +63,9 @@ static void leaf_forward(const Panel *panel, const Step *step, const float *x, f
 }
 
 static void panel_forward(Panel *panel, const float *x, float *y) {
-    arrive(panel);
+    Step way[64];
+    long levels = arrive(panel, way);
+    for (long level = 0; level < levels && panel->q == 0; level++) descend_bias(panel, way + level);
     for (const Step *step = panel->steps; step < panel->steps + panel->count; step++) {
         if (panel->q == 0) descend_bias(panel, step);
         Ahead ahead = ahead_of(panel, step);
@@ -94,8 +97,8 @@ static void full_forward(const Tree *tree, const float *x, float *y, float *work
 static int leaf_backward(Panel *panel, const Step *step, const float *x, const float *dy, float *dx, int is_first_panel,
                          float *out, int is_first) {
     const Tree *tree = panel->tree;
-    long last = tree->full, begin = tree->start[tree->bounds[last] + step->node];
-    long tokens = node_end(tree, last, step->node) - begin, wide = panel->wide, width = pitch(panel->columns);
+    Tokens of = tokens_of(tree, step);
+    long last = tree->full, begin = of.begin, tokens = of.end - begin, wide = panel->wide, width = pitch(panel->columns);
     const int64_t *order = tree->order + begin;
     float *grad = tile_of(panel, panel->grads, last), *grad_above = last ? tile_of(panel, panel->grads, last - 1) : NULL;
     Ahead ahead = ahead_of(panel, step);
@@ -138,10 +141,10 @@ static int leaf_backward(Panel *panel, const Step *step, const float *x, const f
 
 static void add_bias_gradient(Panel *panel, const Step *step, const float *dy) {
     const Tree *tree = panel->tree;
-    long end = node_end(tree, step->level, step->node);
+    Tokens of = tokens_of(tree, step);
     float *sum = panel->bias + step->level * PANEL;
     memset(sum, 0, PANEL * sizeof(float));
-    for (long token = tree->start[tree->bounds[step->level] + step->node]; token < end; token++)
+    for (long token = of.begin; token < of.end; token++)
         scaled(sum, 1, dy + tree->order[token] * tree->out + panel->p, panel->rows, 1);
 }
 
@@ -150,13 +153,12 @@ static void add_bias_gradient(Panel *panel, const Step *step, const float *dy) {
 static void panel_backward(Panel *panel, const float *x, const float *dy, float *dx, int is_first_panel, const Nodes *out,
                            const Learn *learn, float *through) {
     const Tree *tree = panel->tree;
-    long last = tree->full, open[64], shared = panel->count ? panel->steps->level : 0;
+    Step way[64];
+    long last = tree->full, open[64], shared = arrive(panel, way);
     int is_first[64];
-    arrive(panel);
     for (long level = 0; level < shared; level++) {
-        Step step = passed(tree, panel->steps, level);
-        if (level && learn->levels >> level & 1) multiplier_gradient(panel, &step, x, dy, learn, through);
-        open[level] = tree->bounds[level] + step.node;
+        if (level && learn->levels >> level & 1) multiplier_gradient(panel, way + level, x, dy, learn, through);
+        open[level] = tree->bounds[level] + way[level].node;
         is_first[level] = 1;
     }
     for (const Step *step = panel->steps; step < panel->steps + panel->count; step++) {
