@@ -64,8 +64,9 @@ def bench_large(quick: bool = False) -> Iterator[Row]:
 def measure(numbers: int) -> Measured:
     """A rank's work: its part of both tables."""
     small, large = _Table(num_tokens=TOKENS), _Table(num_tokens=512 * TOKENS)
-    small.step()
     large.grow(numbers // NUM_RANKS)
+    for table in (small, large):
+        table.visit_all()
     times = time_in_turn({"small": small.step, "large": large.step}, STEPS)
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     sizes = (small.num_numbers, large.num_numbers)
@@ -104,9 +105,15 @@ class _Table:
         for value in table.low.state.values():
             value.fill_(1)  # takes the memory
 
-    def step(self) -> None:
-        """Forward, backward, reduction, update."""
-        self.layer(self._draw().requires_grad_()).backward(self.grad)
+    def visit_all(self) -> None:
+        """A step of every token: the nodes of all exist from here on, and none is born in a step that is timed."""
+        for tokens_TQ in self.tokens.split(TOKENS):
+            self.step(tokens_TQ)
+
+    def step(self, tokens_TQ: Tensor | None = None) -> None:
+        """Forward, backward, reduction, update; of tokens that are drawn unless they are given."""
+        tokens_TQ = self._draw() if tokens_TQ is None else tokens_TQ.clone()
+        self.layer(tokens_TQ.requires_grad_()).backward(self.grad)
         self.rows.reduce_gradients()
         self.rows.step(lr=1e-5, scale=1.0)
 

@@ -116,11 +116,12 @@ class NodeTable:
         """Row of each of some distinct nodes of one kind; those that do not exist are born."""
         store = self._store(kind)
         rows_G = store.find(nodes_G)
-        new_G = nodes_G[rows_G < 0]
-        if not len(new_G):
-            return rows_G
-        store.append(new_G, self.newborn(kind, new_G) if kind == "low" else None)
-        return store.find(nodes_G)
+        is_new_G = rows_G < 0
+        new_G = nodes_G[is_new_G]
+        if len(new_G):
+            rows_G[is_new_G] = torch.arange(store.size, store.size + len(new_G), device=rows_G.device)
+            store.append(new_G, self.newborn(kind, new_G) if kind == "low" else None)
+        return rows_G
 
     def deepest_level(self, leaf_G: Tensor) -> Tensor:
         """Level of the deepest node that exists on the path to each leaf, int64; by halving, for no parent is missing."""

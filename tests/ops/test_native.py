@@ -105,7 +105,7 @@ def test_tokens_without_a_leaf_are_counted_as_by_torch(bad: float) -> None:
 @needs_gcc
 @pytest.mark.usefixtures("compiled")
 def test_keys_are_found_as_torch_finds_them() -> None:
-    """Among runs of several lengths, one of them empty; keys ascending and not, in more pieces than one."""
+    """Among runs of several lengths, one of them empty; keys ascending and not, in more pieces than one, near and far apart."""
     known = 3 * torch.randperm(7 * SMALL, generator=torch.Generator().manual_seed(0))
     index, asked = KeyIndex(), torch.arange(-5, 21 * SMALL + 5)
     for keys in (asked, asked[:0]):
@@ -115,7 +115,7 @@ def test_keys_are_found_as_torch_finds_them() -> None:
     assert len(index._runs) == 3
     for dropped in (7 * SMALL, 5 * SMALL, 3 * SMALL):
         index.drop(dropped)
-        for keys in (asked, asked.flip(0), known):
+        for keys in (asked, asked.flip(0), known, asked[::700].clone(), asked.flip(0)[::700].clone(), known[:100], known[:31]):
             found = index.find(keys)
             use_kernels("torch")
             assert torch.equal(found, index.find(keys))

@@ -48,9 +48,14 @@ void distcond_adam(const Adam *adam, const int64_t *rows, int64_t count, int64_t
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (long number = 0; number < count * pieces; number++) {
         long at = number / pieces, begin = number % pieces * PIECE, end = least(begin + PIECE, width), row = rows[at] * width;
-        for (long j = begin; j + V <= end; j += V)
+        long next = pieces == 1 && at + 1 < count ? rows[at + 1] * width : row; /* is fetched meanwhile: it may lie anywhere */
+        for (long j = begin; j + V <= end; j += V) {
+            __builtin_prefetch(data + next + j, 1);
+            __builtin_prefetch(first + next + j, 1);
+            __builtin_prefetch(second + next + j, 1);
             adam_vector(adam, load(gradient + at * width + j), data + row + j, first + row + j, second + row + j, decay[at],
                         size[at], root[at]);
+        }
         long tail = begin + (end - begin) / V * V, left = end - tail;
         float spare[4][V] = {{0}};
         if (!left) continue;

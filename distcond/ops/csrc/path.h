@@ -56,16 +56,33 @@ static long search_from(const int64_t *numbers, long count, long low, int64_t ke
     return low;
 }
 
+/* Firsts of some ascending numbers that are not below KEYS keys, searched for side by side, so that cache misses overlap. */
+enum { KEYS = 32 };
+INLINE void search_together(const int64_t *numbers, long count, const int64_t *keys, long *low) {
+    for (int j = 0; j < KEYS; j++) low[j] = 0;
+    for (long left = count; left > 0; left /= 2)
+        for (int j = 0; j < KEYS; j++) low[j] += numbers[low[j] + left / 2] < keys[j] ? left - left / 2 : 0;
+}
+
 /* Places of keys [count] among ascending ones [size]; where there is none, found is left as it is. */
 void distcond_find(const int64_t *keys, int64_t count, const int64_t *known, const int64_t *places, int64_t size, int64_t *found,
                    int threads) {
-    enum { PIECE = 4096 };
+    enum { PIECE = 4096, FAR = 64 };
 #pragma omp parallel for schedule(static) num_threads(threads) if (count > PIECE)
-    for (long begin = 0; begin < count; begin += PIECE)
-        for (long at = begin, low = 0; at < least(begin + PIECE, count); at++) {
+    for (long begin = 0; begin < count; begin += PIECE) {
+        long at = begin, end = least(begin + PIECE, count), lows[KEYS], low = 0;
+        if (size / FAR > count && end - begin >= KEYS)
+            for (; at < end; at += KEYS) {
+                at = least(at, end - KEYS);
+                search_together(known, size, keys + at, lows);
+                for (int j = 0; j < KEYS; j++)
+                    if (lows[j] < size && known[lows[j]] == keys[at + j]) found[at + j] = places[lows[j]];
+            }
+        for (; at < end; at++) {
             low = search_from(known, size, low, keys[at]);
             if (low < size && known[low] == keys[at]) found[at] = places[low];
         }
+    }
 }
 
 /* order, place [tokens]: sorted position -> token, and back. bounds [depth + 2]: where the nodes of each level begin in
