@@ -244,6 +244,20 @@ class Engine:
             group["lr"] = lr
         self._engine.step()
 
+    def close(self) -> None:
+        """Give back the memory of the model, its tables and their optimiser states; none is of use afterwards.
+
+        NOTE: DeepSpeed's hooks keep its ZeRO engines alive for good, by cycles through C++ that no collector sees.
+        """
+        self._engine.destroy()
+        base = self._base_optimizer()
+        modules, parameters = list(self.model.modules()), list(self.model.parameters())
+        for tensor in (*parameters, *(tensor for group in base.param_groups for tensor in group["params"])):
+            tensor.data, tensor.grad = tensor.data.new_empty(0), None
+        base.state.clear()
+        for holder in (self._optimizer, *parameters, *modules):
+            vars(holder).clear()
+
     @contextmanager
     def whole(self, module: nn.Module) -> Iterator[None]:
         """Meanwhile a module's own parameters are not partitioned (ZeRO 3), to be read. Collective."""

@@ -64,6 +64,8 @@ def run_training(
         if run.engine.tables.world.rank == 0:
             note(f"No finite loss or gradient in {run.bad_steps} steps up to {run.step - 1}: going back to the last checkpoint.")
         went_back_at = run.step
+        run.engine.close()
+        del run
 
 
 def train(run: Run, hooks: Sequence[Hook]) -> bool:

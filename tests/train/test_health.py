@@ -1,7 +1,9 @@
 """Steps without a finite loss or gradient: left out, then back to a checkpoint once, then the end with the tensor's name."""
 
+import gc
 import json
 import math
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from distcond.config import Config
 from distcond.data.batch import Batch
 from distcond.data.batches import LocalFeeder
 from distcond.errors import TrainingError
+from distcond.train.state import Run
 from tests.helpers import folder_of, run_ranks, small_config, text_config, train_run
 
 pytestmark = pytest.mark.thorough
@@ -95,6 +98,42 @@ def test_a_fault_that_passes_changes_nothing(tmp_path: Path) -> None:
     manifests = [folder_of(run).checkpoints / "step_00000012/manifest.json" for run in (config, straight)]
     assert manifests[0].read_text() == manifests[1].read_text()
     assert steps_of(config) == list(range(1, 13))
+
+
+def memory(config: Config) -> tuple[list[int], list[int]]:
+    """Bytes that tensors hold before and after each start of a run that goes back once."""
+    from distcond.train import loop
+
+    before: list[int] = []
+    after: list[int] = []
+    start_run = loop.start_run
+
+    def watched(*args: Any) -> Run:
+        before.append(bytes_of_tensors())
+        run = start_run(*args)
+        after.append(bytes_of_tensors())
+        return run
+
+    loop.start_run = watched
+    feeder = OnceBadFeeder(config, dist.get_rank(), config.cluster.num_workers)
+    loop.run_training(config, folder_of(config), feeder, asdict(config), lambda _: None)
+    return before, after
+
+
+def bytes_of_tensors() -> int:
+    gc.collect()
+    with warnings.catch_warnings(action="ignore"):  # objects that are asked for their class may say that they are old
+        storages = [thing.untyped_storage() for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_a_run_leaves_when_it_goes_back_takes_no_memory(tmp_path: Path, stage: int) -> None:
+    config = small_config(tmp_path, **RHYTHM, model__width=256, optim__zero_stage=stage)
+    for before, after in run_ranks(memory, 2, config):
+        assert len(before) == 2
+        assert len(before) == 2
+        assert before[1] == before[0] < after[0] < after[1]
 
 
 def test_without_a_checkpoint_there_is_no_way_back(tmp_path: Path) -> None:
