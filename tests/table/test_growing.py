@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import mmap
 import pickle
 
 import psutil
@@ -84,6 +85,14 @@ def test_memory_is_taken_by_rows_that_are_written() -> None:
         rows.tensor[-(2**10) :] = 1.0
     taken = process.memory_info().rss - before
     assert 0.9 * rows.tensor.nbytes < taken < 1.1 * rows.tensor.nbytes
+
+
+def test_columns_are_apart_in_the_bits_from_which_a_cache_predicts_its_ways() -> None:
+    columns = [Growing((64,), torch.float32) for _ in range(20)]
+    for column in columns:
+        column.resize(100)
+    low_bits = {column.tensor.data_ptr() % growing.COLOR_BYTES for column in columns}
+    assert len(low_bits) == len(columns) and max(low_bits) < 2**8 * mmap.PAGESIZE
 
 
 def test_copies_are_whole_and_can_grow(reserves: bool) -> None:
