@@ -72,6 +72,8 @@ def test_work_of_a_tree_counts_each_touched_node_once() -> None:
     passes = [of_kind * count for of_kind in (full_bytes, low_bytes) for count in (1, 2)]  # backward reads and writes
     assert [part.traffic for part in parts] == [size + count * vectors for size, count in zip(passes, [2, 3, 2, 3], strict=True)]
     assert layer.num_materialized == full + low
+    assert layer.table is not None
+    assert all(bool(store.data.all()) for _, store in layer.table.stores())  # unwritten zeros are read from a cache
 
 
 def test_tokens_have_the_precision_asked_for_and_rows_that_of_masters() -> None:
