@@ -88,10 +88,8 @@ INLINE void transpose_block(Rows above, Rows node, long i, long j, long rows, lo
 }
 
 /* to [columns, rows], both padded, = transpose of above + node. */
-static void turn(Rows above, Rows node, long rows, long columns, float *to, Ahead *ahead, int look_here) {
+static void turn(Rows above, Rows node, long rows, long columns, float *to) {
     for (long i = 0; i < rows; i += V)
-        for (long j = 0; j < columns; j += V) {
-            if (look_here) look(ahead, V);
+        for (long j = 0; j < columns; j += V)
             transpose_block(above, node, i, j, rows, columns, to + j * padded(rows) + i, padded(rows));
-        }
 }

@@ -35,6 +35,8 @@ static int thread_number(void) {
 
 /* ---- full levels ---------------------------------------------------------------------------------------------------- */
 
+#define TURN_FROM 17 /* tokens of a leaf: to turn the sum takes longer than the products of fewer, FEW at a time */
+
 /* Outputs of the tokens of a node of the last full level, as far as the panel goes. */
 static void leaf_forward(const Panel *panel, const Step *step, const float *x, float *y, Ahead *ahead) {
     const Tree *tree = panel->tree;
@@ -42,8 +44,8 @@ static void leaf_forward(const Panel *panel, const Step *step, const float *x, f
     long last = tree->full, token = of.begin, end = of.end;
     Rows sum = above(panel, step), node = node_of(panel, step);
     long rows = padded(panel->rows), wide = pitch(panel->columns);
-    int is_few = end - token <= FEW;
-    if (!is_few) turn(sum, node, panel->rows, panel->columns, panel->turned, ahead, end - token < 2 * FEW);
+    int is_few = end - token < TURN_FROM;
+    if (!is_few) turn(sum, node, panel->rows, panel->columns, panel->turned);
     for (; token < end; token += BATCH) {
         long tokens = least(BATCH, end - token);
         take_x(panel, x, token, tokens);
@@ -51,7 +53,9 @@ static void leaf_forward(const Panel *panel, const Step *step, const float *x, f
         for (long i = 0; i < tokens && !panel->q; i++)
             memcpy(panel->made + i * HIGH, panel->bias + last * PANEL, rows * sizeof(float));
         if (is_few)
-            few_forward(tokens, sum, node, panel->rows, panel->columns, panel->x, wide, panel->made, HIGH, ahead);
+            for (long at = 0; at < tokens; at += FEW)
+                few_forward(least(FEW, tokens - at), sum, node, panel->rows, panel->columns, panel->x + at * wide, wide,
+                            panel->made + at * HIGH, HIGH, ahead);
         else if (rows == panel->rows) {
             Emit to = {y + panel->p, tree->out, NULL, 0, tree->order + token, 1};
             put_product(tokens, rows, panel->columns, panel->x, wide, 1, panel->turned, rows, panel->made, HIGH, &to, ahead);
