@@ -132,7 +132,6 @@ def test_what_a_run_leaves_when_it_goes_back_takes_no_memory(tmp_path: Path, sta
     config = small_config(tmp_path, **RHYTHM, model__width=256, optim__zero_stage=stage)
     for before, after in run_ranks(memory, 2, config):
         assert len(before) == 2
-        assert len(before) == 2
         assert before[1] == before[0] < after[0] < after[1]
 
 
