@@ -24,7 +24,7 @@ class RowStore:
         self._state: dict[str, Growing] = {}
         self._index = KeyIndex()
         self._pending: list[tuple[Tensor, Tensor]] = []
-        self._spare = self.data
+        self._spare = Growing((width,), torch.float32, device)
         self.num_settled = 0
         "Rows that are there to stay; those behind them were added since the last step."
         self.num_removals = 0
@@ -160,9 +160,12 @@ class RowStore:
         """
         if self._pending:
             return self.data.new_empty(number, self.width)
-        if len(self._spare) < number or self._spare.dtype != self.data.dtype or self._spare.device != self.data.device:
-            self._spare = self.data.new_empty(number, self.width)
-        return self._spare[:number]
+        spare = self._spare.tensor
+        if spare.dtype != self.data.dtype or spare.device != self.data.device:
+            self._spare = Growing((self.width,), self.data.dtype, self.data.device)
+        if number > len(spare):
+            self._spare.resize(number)
+        return self._spare.tensor[:number]
 
     def add_gradient(self, rows_G: Tensor, grad_GW: Tensor) -> None:
         """Add to the gradient of rows (distinct within one call, in the order of their keys)."""
@@ -181,7 +184,7 @@ class RowStore:
         return self.find(keys_G), grad_GW
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_spare": self.data[:0].clone()}
+        return {**self.__dict__, "_spare": Growing((self.width,), self.data.dtype, self.data.device)}
 
     def move(self, device: torch.device, dtype: torch.dtype) -> Self:
         """Move to a device and floating-point type, in place."""

@@ -5,6 +5,8 @@ import io
 import itertools
 import mmap
 import pickle
+import re
+from pathlib import Path
 
 import psutil
 import pytest
@@ -85,6 +87,25 @@ def test_memory_is_taken_by_rows_that_are_written() -> None:
         rows.tensor[-(2**10) :] = 1.0
     taken = process.memory_info().rss - before
     assert 0.9 * rows.tensor.nbytes < taken < 1.1 * rows.tensor.nbytes
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs huge pages")
+def test_only_large_tensors_lie_in_huge_pages() -> None:
+    rows = Growing((), torch.uint8)
+    rows.resize(2 * growing.HUGE_FROM)
+    assert [are_pages_huge(rows.tensor[at:].data_ptr()) for at in (0, growing.HUGE_FROM - 1, growing.HUGE_FROM)] == [
+        False,
+        False,
+        True,
+    ]
+
+
+def are_pages_huge(address: int) -> bool:
+    """Whether huge pages are asked for there: `hg` among the flags of the mapping."""
+    mappings = re.finditer(r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags:(.*?)$", Path("/proc/self/smaps").read_text(), re.M | re.S)
+    return next(
+        "hg" in flags.split() for start, end, flags in (m.groups() for m in mappings) if int(start, 16) <= address < int(end, 16)
+    )
 
 
 def test_columns_are_apart_in_the_bits_from_which_a_cache_predicts_its_ways() -> None:

@@ -2,9 +2,10 @@
 #define FEW 4
 
 INLINE void few_column(const int n, const int m, Rows above, Rows node, long j, long left, const float *x, long width,
-                       vec sum[4][FEW]) {
+                       vec sum[4][FEW], Fetch *next) {
 #pragma GCC unroll 4
     for (int k = 0; k < m; k++) {
+        fetch_on(next);
         vec here = sum_at(1, above, node, k, j, left);
 #pragma GCC unroll 4
         for (int t = 0; t < n; t++) sum[k][t] += here * load(x + t * width + j);
@@ -13,15 +14,15 @@ INLINE void few_column(const int n, const int m, Rows above, Rows node, long j, 
 
 /* y [n, m] += x (above + node)^T of m rows. */
 INLINE void few_rows(const int n, const int m, Rows above, Rows node, long columns, const float *x, long width, float *y,
-                     long height) {
+                     long height, Fetch *next) {
     vec sum[4][FEW];
     long j = 0;
 #pragma GCC unroll 4
     for (int k = 0; k < m; k++)
 #pragma GCC unroll 4
         for (int t = 0; t < n; t++) sum[k][t] = (vec){0};
-    for (; j + V <= columns; j += V) few_column(n, m, above, node, j, V, x, width, sum);
-    if (j < columns) few_column(n, m, above, node, j, columns - j, x, width, sum);
+    for (; j + V <= columns; j += V) few_column(n, m, above, node, j, V, x, width, sum, next);
+    if (j < columns) few_column(n, m, above, node, j, columns - j, x, width, sum, next);
 #pragma GCC unroll 4
     for (int k = 0; k < m; k++)
 #pragma GCC unroll 4
@@ -34,16 +35,16 @@ INLINE void forward_of(const int n, Rows above, Rows node, long rows, long colum
     for (long i = 0, m; i < rows; i += m) {
         Rows one = {above.at + i * above.step, above.step}, other = {node.at + i * node.step, node.step};
         m = rows - i >= 4 ? 4 : 1;
-        look(ahead, m * lines);
+        Fetch next = fetch(ahead, m * lines);
         if (m == 4)
-            few_rows(n, 4, one, other, columns, x, width, y + i, height);
+            few_rows(n, 4, one, other, columns, x, width, y + i, height, &next);
         else
-            few_rows(n, 1, one, other, columns, x, width, y + i, height);
+            few_rows(n, 1, one, other, columns, x, width, y + i, height, &next);
     }
 }
 
 INLINE void few_strip(const int n, const int vectors, const int both, Rows above, Rows node, long rows, long j, long left,
-                      const float *dy, long height, float *dx, long width) {
+                      const float *dy, long height, float *dx, long width, Fetch *next) {
     vec sum[FEW][STRIP];
 #pragma GCC unroll 4
     for (int t = 0; t < n; t++)
@@ -52,6 +53,7 @@ INLINE void few_strip(const int n, const int vectors, const int both, Rows above
     for (long i = 0; i < rows; i++)
 #pragma GCC unroll 4
         for (int s = 0; s < vectors; s++) {
+            fetch_on(next);
             vec here = sum_at(both, above, node, i, j + s * V, left);
 #pragma GCC unroll 4
             for (int t = 0; t < n; t++) sum[t][s] += all(dy[t * height + i]) * here;
@@ -66,10 +68,13 @@ INLINE void back_of(const int n, const int both, Rows above, Rows node, long row
                     float *dx, long width, Ahead *ahead) {
     long j = 0;
     for (; j + STRIP * V <= columns; j += STRIP * V) {
-        look(ahead, rows * STRIP);
-        few_strip(n, STRIP, both, above, node, rows, j, V, dy, height, dx, width);
+        Fetch next = fetch(ahead, rows * STRIP);
+        few_strip(n, STRIP, both, above, node, rows, j, V, dy, height, dx, width, &next);
     }
-    for (; j < columns; j += V) few_strip(n, 1, both, above, node, rows, j, columns - j, dy, height, dx, width);
+    for (; j < columns; j += V) {
+        Fetch next = fetch(ahead, rows);
+        few_strip(n, 1, both, above, node, rows, j, columns - j, dy, height, dx, width, &next);
+    }
 }
 
 INLINE void few_vector(const int n, const float *dy, long height, const float *x, long width, long left, float *to, float *above,

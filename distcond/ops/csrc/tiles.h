@@ -38,9 +38,9 @@ INLINE void store_some(float *to, vec value, long numbers) {
 /* tile [rows, columns] = above + node. */
 static void add_to(Rows above, Rows node, long rows, long columns, float *tile, Ahead *ahead, int look_here) {
     for (long i = 0; i < rows; i++, tile += pitch(columns)) {
-        if (look_here) look(ahead, padded(columns) / V);
+        Fetch next = look_here ? fetch(ahead, columns / V) : (Fetch){node.at, 0};
         long j = 0;
-        for (; j + V <= columns; j += V) store(tile + j, sum_at(1, above, node, i, j, V));
+        for (; j + V <= columns; j += V) fetch_on(&next), store(tile + j, sum_at(1, above, node, i, j, V));
         if (j < columns) store(tile + j, sum_at(1, above, node, i, j, columns - j));
     }
 }

@@ -65,10 +65,25 @@ typedef struct {
     const float *at, *end;
 } Ahead;
 
-/* Ask for the next `lines` vectors. */
+/* Ask for the next `lines` vectors, at once. */
 INLINE void look(Ahead *ahead, long lines) {
     for (; lines > 0 && ahead->at < ahead->end; lines--, ahead->at += V) __builtin_prefetch(ahead->at, 0, 2);
 }
+
+/* Vectors to ask for one by one, as there is something to compute: a core that waits for many at once computes nothing. */
+typedef struct {
+    const float *at;
+    long step; /* 0: they are not there, and what is asked for is asked for again */
+} Fetch;
+
+/* The next `lines` vectors. */
+INLINE Fetch fetch(Ahead *ahead, long lines) {
+    Fetch part = {ahead->at, ahead->end - ahead->at >= lines * V ? V : 0};
+    ahead->at += part.step * lines;
+    return part;
+}
+
+INLINE void fetch_on(Fetch *part) { __builtin_prefetch(part->at, 0, 2), part->at += part->step; }
 
 #define MOST_WIDE 512 /* columns of a product at most */
 static const float zero_numbers[MOST_WIDE];
@@ -89,9 +104,7 @@ typedef struct {
 /* c [m, n vectors] = from + a [m, k] b [k, n vectors]; all sizes but k known when it is compiled. */
 INLINE void block(const int m, const int n, long k, const float *a, long a_row, long a_step, const float *b, long b_step,
                   const float *from, long from_row, float *c, long c_row, const int how, const Emit *emit, Ahead *ahead) {
-    const float *next = ahead->at;
-    long next_step = ahead->end - next >= k * V ? V : 0;
-    ahead->at += next_step * k;
+    Fetch next = fetch(ahead, k);
     vec sum[NARROW][STRIP];
 #pragma GCC unroll 12
     for (int i = 0; i < m; i++)
@@ -101,7 +114,7 @@ INLINE void block(const int m, const int n, long k, const float *a, long a_row, 
         vec right[STRIP];
 #pragma GCC unroll 4
         for (int j = 0; j < n; j++) right[j] = load(b + at * b_step + j * V);
-        __builtin_prefetch(next + at * next_step, 0, 2);
+        fetch_on(&next);
 #pragma GCC unroll 12
         for (int i = 0; i < m; i++) {
             vec left = all(a[i * a_row + at * a_step]);
