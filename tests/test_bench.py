@@ -51,12 +51,13 @@ def test_functions_take_turns_and_the_first_call_does_not_count() -> None:
 
 
 def test_a_floor_is_the_larger_of_arithmetic_and_traffic() -> None:
-    machine = Machine(flops_per_s=2e9, bytes_per_s=1e9)
+    machine = Machine(flops_per_s=2e9, bytes_per_s=1e9, read_bytes_per_s=5e8)
     assert machine.floor_ms(4e6, 1e6) == pytest.approx(2.0)
     assert machine.floor_ms(4e6, 3e6) == pytest.approx(3.0)
+    assert machine.floor_ms(4e6, 3e6, 1e6) == pytest.approx(5.0)
     times, measured = time_beside_limits({"nothing": lambda: None})
     assert times.keys() == {"nothing"}
-    assert 1e9 < measured.flops_per_s < 1e15 and 1e8 < measured.bytes_per_s < 1e13
+    assert 1e9 < measured.flops_per_s < 1e15 and 1e8 < measured.bytes_per_s < 1e13 and 1e8 < measured.read_bytes_per_s < 1e13
 
 
 def test_work_of_a_tree_counts_each_touched_node_once() -> None:
@@ -69,8 +70,9 @@ def test_work_of_a_tree_counts_each_touched_node_once() -> None:
     full_bytes, low_bytes, vectors = 4 * full * (4 * 4 + 4), 4 * low * (2 * (4 + 4) + 4), 4 * 3 * 4  # fp32
     assert traffic == 2 * (full_bytes + low_bytes)  # read weights, write gradients
     assert flops == 2 * 3 * (3 * (4 * 4 + 2 * (4 + 4)) + 2 * 4)
-    passes = [of_kind * count for of_kind in (full_bytes, low_bytes) for count in (1, 2)]  # backward reads and writes
-    assert [part.traffic for part in parts] == [size + count * vectors for size, count in zip(passes, [2, 3, 2, 3], strict=True)]
+    assert [part.reads for part in parts] == [full_bytes, 0, low_bytes, 0]
+    copies = [0, 2 * full_bytes, 0, 2 * low_bytes]  # backward reads and writes
+    assert [part.traffic for part in parts] == [size + count * vectors for size, count in zip(copies, [2, 3, 2, 3], strict=True)]
     assert layer.num_materialized == full + low
     assert layer.table is not None
     assert all(bool(store.data.all()) for _, store in layer.table.stores())  # unwritten zeros are read from a cache

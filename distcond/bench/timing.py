@@ -37,14 +37,15 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What bounds any layer here: matrix products, and memory, as a copy sees it: read and write counted."""
+    """What bounds any layer here: matrix products; memory, as a copy sees it, read and write counted; and as it is read alone."""
 
     flops_per_s: float
     bytes_per_s: float
+    read_bytes_per_s: float
 
-    def floor_ms(self, flops: float, traffic: float) -> float:
-        """Least time for this many operations and bytes of memory traffic."""
-        return 1e3 * max(flops / self.flops_per_s, traffic / self.bytes_per_s)
+    def floor_ms(self, flops: float, traffic: float, reads: float = 0.0) -> float:
+        """Least time for this many operations, bytes of memory traffic, and bytes that are read while nothing is written."""
+        return 1e3 * max(flops / self.flops_per_s, traffic / self.bytes_per_s + reads / self.read_bytes_per_s)
 
 
 def places() -> list[Place]:
@@ -80,15 +81,19 @@ def milliseconds_in_turn(functions: Mapping[str, Callable[[], object]], repeats:
 
 
 def time_beside_limits(functions: Mapping[str, Callable[[], object]], place: Place = CPU) -> tuple[dict[str, Timing], Machine]:
-    """`time_in_turn`, and what the machine could do meanwhile: a square product and a copy, timed in the same rounds."""
+    """`time_in_turn`, and what the machine could do meanwhile: a square product, a copy and a sum, timed in the same rounds."""
     size = GEMM_SIZE if place.device.type == "cpu" else DEVICE_GEMM_SIZE
     left, right = torch.randn(2, size, size, device=place.device, dtype=place.dtype).unbind()
     product, source = torch.empty_like(left), torch.ones(COPY_NUMBERS, device=place.device)
     target = torch.zeros_like(source)
-    limits = {"a product": lambda: torch.mm(left, right, out=product), "a copy": lambda: target.copy_(source)}
+    limits = {
+        "a product": lambda: torch.mm(left, right, out=product),
+        "a copy": lambda: target.copy_(source),
+        "a sum": lambda: source.sum(),
+    }
     times = time_in_turn({**functions, **limits})
-    product_s, copy_s = (1e-3 * times.pop(name).median for name in limits)
-    return times, Machine(2 * size**3 / product_s, 2 * source.nbytes / copy_s)
+    product_s, copy_s, sum_s = (1e-3 * times.pop(name).median for name in limits)
+    return times, Machine(2 * size**3 / product_s, 2 * source.nbytes / copy_s, source.nbytes / sum_s)
 
 
 def _wait_for_device() -> None:

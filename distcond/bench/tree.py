@@ -75,7 +75,7 @@ def _row(case: Case, place: Place) -> Row:
     times, machine = time_beside_limits(timed, place)
     parts = parts_of(case, layer, x)
     floor = machine.floor_ms(*work_of(parts))
-    floor_of_parts = times["calls"].median + sum(machine.floor_ms(part.flops, part.traffic) for part in parts)
+    floor_of_parts = times["calls"].median + sum(machine.floor_ms(part.flops, part.traffic, part.reads) for part in parts)
     return {
         "device": place.device.type,
         "dtype": str(place.dtype).removeprefix("torch."),
@@ -112,15 +112,17 @@ class Part:
     """What one pass through the levels of one kind cannot do without."""
 
     flops: float
-    weights: float
-    "Bytes of the touched nodes that are read, and of their gradients that are written."
-    again: float
-    "Bytes of nodes that an earlier part has read, and of tokens and their gradients."
+    reads: float
+    "Bytes of nodes that are read while no gradient is written."
+    copies: float
+    "Bytes of nodes that are read and of their gradients that are written."
+    vectors: float
+    "Bytes of tokens and of their gradients."
 
     @property
     def traffic(self) -> float:
-        """All bytes."""
-        return self.weights + self.again
+        """Bytes that are read while others are written."""
+        return self.copies + self.vectors
 
 
 def work_of(parts: list[Part]) -> tuple[float, float]:
@@ -129,7 +131,7 @@ def work_of(parts: list[Part]) -> tuple[float, float]:
     FLOPs: three products of each token with one full matrix (the levels added up) and with its low-rank factors, and the
     gates. Bytes: each touched node read once, its gradient written once.
     """
-    return sum(part.flops for part in parts), sum(part.weights for part in parts)
+    return sum(part.flops for part in parts), sum(part.copies for part in parts)
 
 
 def parts_of(case: Case, layer: TreeLinear, x: Tensor) -> list[Part]:
@@ -147,6 +149,6 @@ def parts_of(case: Case, layer: TreeLinear, x: Tensor) -> list[Part]:
         (factors, 0, low * (2 * case.rank * case.width + case.width)),
     ):
         vectors = 4.0 * case.tokens * case.width * bool(numbers)
-        parts.append(Part(2.0 * case.tokens * (macs + gates), 4.0 * numbers, 2 * vectors))
-        parts.append(Part(4.0 * case.tokens * macs, 4.0 * numbers, 4.0 * numbers + 3 * vectors))
+        parts.append(Part(2.0 * case.tokens * (macs + gates), 4.0 * numbers, 0.0, 2 * vectors))
+        parts.append(Part(4.0 * case.tokens * macs, 0.0, 8.0 * numbers, 3 * vectors))
     return parts
