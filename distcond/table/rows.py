@@ -24,7 +24,7 @@ class RowStore:
         self._state: dict[str, Growing] = {}
         self._index = KeyIndex()
         self._pending: list[tuple[Tensor, Tensor]] = []
-        self._spare = Growing((width,), torch.float32, device)
+        self._spare = self._no_rows()
         self.num_settled = 0
         "Rows that are there to stay; those behind them were added since the last step."
         self.num_removals = 0
@@ -162,10 +162,13 @@ class RowStore:
             return self.data.new_empty(number, self.width)
         spare = self._spare.tensor
         if spare.dtype != self.data.dtype or spare.device != self.data.device:
-            self._spare = Growing((self.width,), self.data.dtype, self.data.device)
+            self._spare = self._no_rows()
         if number > len(spare):
             self._spare.resize(number)
         return self._spare.tensor[:number]
+
+    def _no_rows(self) -> Growing:
+        return Growing((self.width,), self.data.dtype, self.data.device)
 
     def add_gradient(self, rows_G: Tensor, grad_GW: Tensor) -> None:
         """Add to the gradient of rows (distinct within one call, in the order of their keys)."""
@@ -184,7 +187,7 @@ class RowStore:
         return self.find(keys_G), grad_GW
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_spare": Growing((self.width,), self.data.dtype, self.data.device)}
+        return {**self.__dict__, "_spare": self._no_rows()}
 
     def move(self, device: torch.device, dtype: torch.dtype) -> Self:
         """Move to a device and floating-point type, in place."""
