@@ -17,6 +17,8 @@ import yaml  # type: ignore[import-untyped]
 from distcond.compose import compose, to_dict
 
 ROOT = Path(__file__).parents[1]
+TOP = {"pyproject.toml", "distcond", "conf", "launch", "tests", "docker", "README.md", "LICENSE"}
+"What is kept beside dot-files."
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
@@ -49,6 +51,14 @@ def test_the_wheel_holds_every_resource(wheel: Path, resource: str) -> None:
     files = [file for file in (ROOT / resource).rglob("*") if file.is_file() and "__pycache__" not in file.parts]
     assert files
     assert {f"distcond/{file.relative_to(ROOT).as_posix()}" for file in files} <= set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_nothing_else_lies_at_the_top() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("needs a checkout that git answers for")
+    top = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    assert {name for name in top if not name.startswith(".")} == TOP
 
 
 def test_the_wheel_holds_what_the_report_is_made_of(wheel: Path) -> None:
