@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 from ray.exceptions import AuthenticationError
@@ -21,6 +21,10 @@ from distcond.errors import ClusterError
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 CONNECT_TIMEOUT_S = 5.0
 POLL_INTERVAL_S = 1.0
+PATIENCE_S = 60.0
+"A job is followed through this much silence of the cluster's."
+
+Answer = TypeVar("Answer")
 
 log = logging.getLogger(__name__)
 for _chatter in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
@@ -110,7 +114,7 @@ def follow(client: JobSubmissionClient, identifier: str, write: Callable[[str], 
     """Pass on what the job writes until it has ended; returns how it ended.
 
     NOTE: whether the job lives is asked, never inferred from its log: a log connection may end early or never.
-    Raises ClusterError once the cluster has been silent for a minute.
+    Raises ClusterError once the cluster has been silent for `PATIENCE_S`.
     """
     follower = _LogFollower(client, identifier, write)
     follower.start()
@@ -119,18 +123,21 @@ def follow(client: JobSubmissionClient, identifier: str, write: Callable[[str], 
     return status
 
 
-def _wait(client: JobSubmissionClient, identifier: str, patience_s: float = 60.0) -> JobStatus:
-    answered = time.monotonic()
+def _wait(client: JobSubmissionClient, identifier: str) -> JobStatus:
+    while not (status := _ask(client.get_job_status, identifier)).is_terminal():
+        time.sleep(POLL_INTERVAL_S)
+    return status
+
+
+def _ask(question: Callable[[str], Answer], identifier: str) -> Answer:
+    """The cluster's answer, asked for again while it is silent. Raises ClusterError after `PATIENCE_S`."""
+    end = time.monotonic() + PATIENCE_S
     while True:
         try:
-            status = client.get_job_status(identifier)
-            answered = time.monotonic()
+            return question(identifier)
         except (OSError, RuntimeError) as error:
-            if time.monotonic() - answered > patience_s:
-                raise ClusterError(f"The cluster has not answered for {patience_s:.0f} s: {_first_line(error)}") from error
-        else:
-            if status.is_terminal():
-                return status
+            if time.monotonic() > end:
+                raise ClusterError(f"The cluster has not answered for {PATIENCE_S:.0f} s: {_first_line(error)}") from error
         time.sleep(POLL_INTERVAL_S)
 
 
@@ -172,9 +179,9 @@ class _LogFollower(threading.Thread):
         """Write what is left once the job has ended. NOTE: the connection itself closes seconds later; not waited for."""
         self._ended.set()
         try:
-            self._pass_on(0, self._client.get_job_logs(self._identifier))
-        except (OSError, RuntimeError) as error:
-            log.warning("The last lines of the log did not arrive: %s", _first_line(error))
+            self._pass_on(0, _ask(self._client.get_job_logs, self._identifier))
+        except ClusterError as error:
+            log.warning("The last lines of the log did not arrive. %s", error)
 
 
 def _first_line(error: BaseException) -> str:
