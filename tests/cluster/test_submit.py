@@ -23,6 +23,7 @@ from distcond.cluster.submit import submit
 from distcond.compose import compose, load_config, override
 from distcond.config import Config
 from distcond.errors import ClusterError, ConfigError
+from tests.cluster.processes import SLOW_START, TIMEOUT_S, wait_until
 
 BIN = Path(sys.executable).parent
 TOKEN = "0123456789abcdef" * 4
@@ -124,7 +125,7 @@ class Cluster:
         """The same, until it ends."""
         process = self.start(*arguments, **environment)
         try:
-            out, err = process.communicate(timeout=90)
+            out, err = process.communicate(timeout=TIMEOUT_S)
         except subprocess.TimeoutExpired:
             process.kill()
             raise
@@ -138,6 +139,7 @@ def cluster() -> Iterator[Cluster]:
     ports = {name: _free_port() for name in names}
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+            **SLOW_START,
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": TOKEN,
@@ -203,13 +205,6 @@ class Proxy:
                 cut += 1
         return cut
 
-    def wait_and_cut(self) -> None:
-        """Cut what is connected, once something is: several lines may have come in one piece."""
-        end = time.monotonic() + 30
-        while not self.cut():
-            assert time.monotonic() < end
-            time.sleep(0.05)
-
     def close(self) -> None:
         """Take no more connections, and cut those that are open."""
         with contextlib.suppress(OSError):
@@ -228,8 +223,8 @@ def test_a_log_whose_connection_is_cut_arrives_once_and_whole(cluster: Cluster, 
         for line in following.stdout:
             lines.append(line)
             if line in {"line 10\n", "line 30\n", "line 40\n"}:
-                proxy.wait_and_cut()
-        assert following.wait(30) == 0
+                wait_until(proxy.cut)  # these lines may have come in one piece, after which nothing is connected yet
+        assert following.wait(TIMEOUT_S) == 0
         assert following.stderr.read() == ""
     assert [line for line in lines if line.startswith("line ")] == [f"line {number}\n" for number in range(1, 61)]
 
@@ -249,7 +244,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_stop_it(cluster: Cluster,
     while following.stdout.readline() != "up\n":
         assert following.poll() is None
     following.send_signal(signal.SIGINT)
-    shown, _ = following.communicate(timeout=20)
+    shown, _ = following.communicate(timeout=TIMEOUT_S)
     assert following.returncode == 130
     follow, stop = (line.partition("ray ")[2].split() for line in shown.splitlines()[-2:])
     assert follow[:2] == ["job", "logs"]
@@ -313,7 +308,7 @@ def _answers(address: str) -> bool:
 
 
 def _wait_for(condition: Callable[[], bool], head: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT_S
     while not condition():
         assert head.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
@@ -324,7 +319,7 @@ def _stop(head: "subprocess.Popen[bytes]") -> None:
     """End exactly the processes of this head: `ray stop` would end everyone's."""
     processes = psutil.Process(head.pid).children(recursive=True)
     head.terminate()  # Ray then ends its own
-    head.wait(30)
+    head.wait(TIMEOUT_S)
     for process in processes:
         if process.is_running():
             process.kill()

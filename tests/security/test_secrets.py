@@ -15,6 +15,7 @@ from distcond.cli import main
 from distcond.cluster.memory import NoMemoryError
 from distcond.redaction import has_password, is_secret, redact
 from distcond.tracking import Tracker, WandbRun
+from tests.helpers import HANG_S
 
 pytestmark = pytest.mark.thorough
 
@@ -139,7 +140,7 @@ def test_the_mirror_keeps_no_secret(mode: str, tmp_path: Path) -> None:
     tracker = Tracker(tmp_path / "run", WandbRun("id", "name", "project", "", [], {}), mode, 0)
     tracker.log({"step": 1, "loss": 1.0})
     log = tmp_path / "run" / "logs" / "wandb.log"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANG_S
     while mode == "auto" and "credentials for http://127.0.0.1:9 from" not in log.read_text():
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
@@ -169,6 +170,6 @@ def test_a_run_that_fails_keeps_no_secret(tmp_path: Path) -> None:
     for process in run.children(recursive=True):
         if "RayTrainWorker" in "".join(process.cmdline()):
             process.kill()
-    assert run.wait(60) == 1
+    assert run.wait(HANG_S) == 1
     assert "distcond: failed: worker 0 lost" in (tmp_path / "screen").read_text()
     assert any((folder / "logs" / "ray_session").glob("raylet*"))

@@ -18,7 +18,7 @@ from distcond.data.batch import Batch
 from distcond.data.batches import LocalFeeder
 from distcond.errors import TrainingError
 from distcond.train.state import Run
-from tests.helpers import folder_of, run_ranks, small_config, text_config, train_run
+from tests.helpers import HANG_S, folder_of, run_ranks, small_config, text_config, train_run
 
 pytestmark = pytest.mark.thorough
 
@@ -110,7 +110,7 @@ def memory(config: Config) -> tuple[list[int], list[int]]:
     start_run = loop.start_run
 
     def watched(*args: Any) -> Run:
-        deadline = time.monotonic() + 10.0
+        deadline = time.monotonic() + HANG_S / 4
         while (held := bytes_of_tensors()) > (before[0] if before else 0) and time.monotonic() < deadline:
             time.sleep(0.01)  # Gloo's threads let go of what they have summed only after they have told that it is there
         before.append(held)
