@@ -14,6 +14,7 @@ import yaml  # type: ignore[import-untyped]
 from distcond import __version__, cli
 from distcond.cli import main
 from distcond.errors import ClusterError
+from tests.helpers import HANG_S
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 def run(*argv: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     command = [sys.executable, "-m", "distcond", *argv]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=HANG_S, check=False)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -216,7 +217,7 @@ import distcond.cluster.trainer, distcond.train.fits
 distcond.train.fits.check_fits(config)
 print({heavy!r} & set(sys.modules))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S, check=True)
     assert done.stdout == "set()\nset()\n"
 
 
@@ -232,7 +233,9 @@ def test_tab_completes_in_a_real_bash(tmp_path: Path) -> None:
         hydra_bash_completion; echo "${COMPREPLY[@]}"
     """
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=HANG_S, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "model. model=\n", "")
 
 

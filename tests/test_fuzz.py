@@ -19,6 +19,7 @@ import yaml  # type: ignore[import-untyped]
 from distcond.cli import main
 from distcond.compose import load_config, to_dict
 from tests.fuzz_cases import DOCUMENTS, NUM_CASES, Case, case_of
+from tests.helpers import HANG_S
 
 pytestmark = pytest.mark.thorough
 
@@ -134,7 +135,7 @@ def test_a_document_that_is_no_run_is_told_in_one_line(
 def test_a_process_of_its_own_answers_alike(number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = written(case_of(number), tmp_path)
     command = [sys.executable, "-m", "distcond", *argv]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S, check=False)
     assert not complaint(done.returncode, done.stdout, done.stderr, tmp_path)
     status, (out, err) = main(argv), capsys.readouterr()
     untimed = [re.sub(r"a crash costs .*", "", text) for text in (out, done.stdout)]

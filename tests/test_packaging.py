@@ -15,6 +15,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from distcond.compose import compose, to_dict
+from tests.helpers import HANG_S
 
 ROOT = Path(__file__).parents[1]
 TOP = {"pyproject.toml", "distcond", "conf", "launch", "tests", "docker", "README.md", "LICENSE"}
@@ -23,7 +24,7 @@ TOP = {"pyproject.toml", "distcond", "conf", "launch", "tests", "docker", "READM
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     env = {**os.environ, **environment}
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=HANG_S, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -14,7 +14,7 @@ import ray
 from distcond.cluster.controller import Job, Outcome, start_controller
 from distcond.cluster.policy import Ask
 from distcond.errors import ClusterError, RunError, TrainingError
-from tests.cluster.processes import is_alive, wait_until
+from tests.cluster.processes import TIMEOUT_S, is_alive, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("shared_ray")]
 
@@ -49,7 +49,7 @@ def run_job(job: Job, meanwhile: Callable[[], None]) -> Outcome:
     controller, outcome = start_controller(job)
     try:
         meanwhile()
-        end: Outcome = ray.get(outcome, timeout=60)
+        end: Outcome = ray.get(outcome, timeout=TIMEOUT_S)
         return end
     finally:
         ray.kill(controller)

@@ -18,6 +18,7 @@ from distcond.cluster.local import preflight, ray_session
 from distcond.cluster.policy import Room
 from distcond.config import ClusterConfig
 from distcond.errors import ClusterError
+from tests.cluster.processes import TIMEOUT_S
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +119,8 @@ def test_without_the_token_a_local_ray_lets_nobody_in(shared_ray: Room, environm
         f"try: GcsClient('{address}')\nexcept Exception as error: print(type(error).__name__)\n_check_token('{address}', 'here')"
     )
     others = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    done = subprocess.run([sys.executable, "-c", ask], env=others | environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", ask], env=others | environment, capture_output=True, text=True, timeout=TIMEOUT_S
+    )
     assert done.stdout == "AuthenticationError\n"
     assert "ClusterError: the Ray cluster at here wants a token" in done.stderr.splitlines()[-1]

@@ -27,6 +27,7 @@ from distcond.nn.model import SUMS
 from distcond.train.learner import learner_for
 from distcond.train.metrics import quality
 from tests.data.tokenizer import train_tokenizer
+from tests.helpers import HANG_S
 
 LINES = [f"line {number} of weights on trees, über {number % 7}\n" for number in range(6000)]
 
@@ -145,7 +146,7 @@ sys.modules["tokenizers"] = None
 from distcond.cli import main
 sys.exit(main(["train", "--dry-run", "data.tokenizer={folder}/tokenizer.json"]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert (
         done.stderr == "distcond: error: data.tokenizer needs the tokenizers library; run: pip install 'distcond[tokenizers]'\n"

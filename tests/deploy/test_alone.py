@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from distcond.cli import main
 from distcond.config import Config
 from distcond.opened import open_run
+from tests.helpers import HANG_S
 
 ROOT = Path(__file__).parents[2]
 ABSENT = (
@@ -84,7 +85,7 @@ def _parts_of(name: str, seen: set[str] | None = None) -> set[str]:
 
 def _run(command: list[str], folder: Path) -> None:
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=HANG_S, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -23,6 +23,7 @@ import pytest
 
 from distcond.tracking import CLOSE_TIMEOUT_S, Tracker, WandbRun
 from distcond.tracking.mirror import ORPHAN_TIMEOUT_S
+from tests.helpers import HANG_S
 from tests.tracking.pictures import SAMPLES, TREES, check_pictures
 from tests.tracking.server import clean_environment, wandb_server
 
@@ -93,7 +94,7 @@ print(json.dumps([[child.pid for child in children], times]), flush=True)
         assert run.stdout is not None
         pids, times = json.loads(run.stdout.readline())
         printed = time.monotonic()
-        status = run.wait(60)
+        status = run.wait(HANG_S)
         exit_s = time.monotonic() - printed
         left = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
         return HungRun(times, status, exit_s, wait_for_exit(left, ORPHAN_TIMEOUT_S + 2 * SLACK_S), len(rows_in(folder)))
