@@ -19,9 +19,9 @@ class StepBudget:
     """Controls the weight of the ponder cost in a loss so that the mean of the executed steps does not exceed a target.
 
     Projected dual ascent on the constraint, in the form of proportional-integral control: the penalty is the running mean
-    of the task loss times exp(integral + GAIN x error), where error is the relative excess of the executed steps. As it is
-    a share of the loss and grows by factors, no scale is to be set. It is above 0, and next to nothing where training
-    ponders less than the target by itself. There is no momentum on the dual.
+    of the size of the task loss times exp(integral + GAIN x error), where error is the relative excess of the executed steps.
+    As it is a share of the loss and grows by factors, no scale is to be set. It is above 0, and next to nothing where
+    training ponders less than the target by itself. There is no momentum on the dual.
 
     Use: loss = task loss + budget.penalty x ponder cost, both per position; after each update, `commit`.
     Raises ValueError where target_steps is below 1.
@@ -37,7 +37,10 @@ class StepBudget:
 
     def commit(self, steps: float, loss: float, lr: float) -> None:
         """After an update: the mean executed steps and task loss of a position in its batch, of all ranks; its learning rate."""
-        self.mean_loss = loss if math.isnan(self.mean_loss) else MOMENTUM * self.mean_loss + (1 - MOMENTUM) * loss
+        if not (math.isfinite(loss) and math.isfinite(steps)):
+            return  # such an update is not applied
+        size = abs(loss)  # that of a density may be below 0
+        self.mean_loss = size if math.isnan(self.mean_loss) else MOMENTUM * self.mean_loss + (1 - MOMENTUM) * size
         error = steps / self.target_steps - 1 - MARGIN
         self.integral = min(max(self.integral + INTEGRAL_GAIN * lr * error, LOWEST), HIGHEST)
         self.penalty = self.mean_loss * math.exp(min(self.integral + GAIN * error, HIGHEST))

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distcond.nn.tree_product import Gradients, first_order_alone
+
 GATE_GRADIENTS = ("straight_through", "sampled", "magnitude", "flip", "flip_sampled", "none")
 
 
@@ -82,7 +84,8 @@ class _Changes(torch.autograd.Function):
         return y_VP.view_as(y_VP)
 
     @staticmethod
-    def backward(ctx: Any, grad_VP: Tensor) -> tuple[Tensor, Tensor, None]:
+    @first_order_alone
+    def backward(ctx: Any, grad_VP: Tensor) -> Gradients:
         """Gradients to the outputs and to the soft numbers."""
         (change_VLP,) = ctx.saved_tensors
         grad_VL = torch.bmm(change_VLP, grad_VP.to(change_VLP.dtype)[:, :, None])[:, :, 0]

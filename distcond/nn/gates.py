@@ -20,7 +20,8 @@ class Gate(nn.Module):
     """K gating units over the input; bit k is 1 where its pre-activation exceeds the running mean.
 
     Subtracting the mean keeps bits balanced without an auxiliary loss. The mean is a statistic of the global batch:
-    backward passes stage a sum, and `commit` folds the pooled mean in once per applied step. Everything here is
+    backward passes stage a sum, and `commit` folds the pooled mean in once per applied step (by itself, without `RowAdam`:
+    before the next forward pass in training, be that of the same step). Everything here is
     computed in fp32 at least, whatever the precision of the model: a bit is a sign, and ranks must agree on it.
 
     kind: "linear", learned units; "hash", fixed random hyperplanes (the control); "sign", the first K inputs themselves,
@@ -49,6 +50,8 @@ class Gate(nn.Module):
         self.register_buffer("running_mean", torch.zeros(num_bits, dtype=exact))
         self.register_buffer("num_commits", torch.zeros((), dtype=torch.int64))
         self.staged = torch.zeros(num_bits + 1, dtype=torch.float64)
+        self.is_due = False
+        "Whether a backward pass was the last of what is staged, so that the next forward pass commits it."
 
     def forward(self, x_TQ: Tensor) -> Tensor:
         """Centred pre-activations, [T, K], fp32 (fp64 for an fp64 input)."""
@@ -78,7 +81,7 @@ class Gate(nn.Module):
 
     def take_statistics(self) -> Tensor:
         """What was staged, float64 [K + 1]; forgets it."""
-        statistics, self.staged = self.staged, torch.zeros_like(self.staged)
+        statistics, self.staged, self.is_due = self.staged, torch.zeros_like(self.staged), False
         return statistics
 
     def commit(self, statistics: Tensor) -> None:
@@ -86,15 +89,30 @@ class Gate(nn.Module):
 
         A step without rows commits nothing, nor does one with NaN or infinite gates: the mean would never recover.
         """
+        num_commits, running_mean = self._after(statistics)
+        self.num_commits.copy_(num_commits)
+        self.running_mean.copy_(running_mean)
+
+    def _after(self, statistics: Tensor) -> tuple[Tensor, Tensor]:
+        """Number of commits and running mean once these statistics are folded in."""
         if statistics[-1] == 0 or not bool(statistics.isfinite().all()):
-            return
-        self.num_commits += 1
+            return self.num_commits, self.running_mean
         if self.kind == "sign":
-            return
+            return self.num_commits + 1, self.running_mean
         mean_K = (statistics[:-1] / statistics[-1]).to(self.running_mean)
         moved_K = torch.lerp(self.running_mean, mean_K, 1.0 - MOMENTUM)
         # 0 is what a bit begins with, be it of a new layer or of the levels that a tree was given later.
-        self.running_mean.copy_(torch.where(self.running_mean == 0, mean_K, moved_K))
+        return self.num_commits + 1, torch.where(self.running_mean == 0, mean_K, moved_K)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """As the next forward pass will find it, by what was staged on this rank."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_due:
+            destination[f"{prefix}num_commits"], destination[f"{prefix}running_mean"] = self._after(self.staged)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.take_statistics()  # of another state
 
 
 def pooled(statistics: Tensor) -> Tensor:

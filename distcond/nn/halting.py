@@ -87,6 +87,13 @@ class Running:
         """Zeros in which `add_weighted` adds up states of all rows, in fp32 at least: many small weights drift in bf16."""
         return tuple(torch.zeros_like(part, dtype=torch.promote_types(part.dtype, torch.float32)) for part in self.state)
 
+    def new_shares(self) -> Tensor:
+        """A zero for each row of the batch, [B], in the longest precision of input and state, fp32 at least."""
+        dtype = torch.promote_types(self._x.dtype, torch.float32)
+        for part in self.state:
+            dtype = torch.promote_types(dtype, part.dtype)
+        return self._x.new_zeros(len(self._x), dtype=dtype)
+
     def rounded(self, sums: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Such sums in the precision in which the cell returned its last state."""
         return tuple(total.to(part.dtype) for total, part in zip(sums, self.state, strict=True))
@@ -140,11 +147,11 @@ class AdaptiveComputation(Pondering):
         """x [B, I], state of B rows -> mean-field state of B rows, and what each row spent."""
         running = Running(self.cell, x, state, self.lockstep)
         mean = running.new_sums()
-        budget = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+        budget = running.new_shares()
         steps, remainder = torch.zeros_like(running.rows), torch.zeros_like(budget)
         for number in range(1, self.max_steps + 1):
             parts, rows = running.step(), running.rows
-            h = self.halting(parts[0])
+            h = self.halting(parts[0]).to(budget.dtype)
             spent = budget[rows]
             halts = (spent.detach() + h.detach() >= 1.0 - self.epsilon) | (number == self.max_steps)
             weight = torch.where(halts, 1.0 - spent, h)
@@ -188,7 +195,7 @@ class HaltingUnit(nn.Module):
     def __init__(self, state_size: int, bias: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, state_size))
-        self.bias = nn.Parameter(torch.full((1,), bias))
+        self.bias = nn.Parameter(torch.full((1,), float(bias)))
 
     def forward(self, state: Tensor) -> Tensor:
         """Halting probability of each row of [R, state_size]."""

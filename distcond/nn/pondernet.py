@@ -56,13 +56,13 @@ class PonderNet(Pondering):
         running = Running(self.cell, x, state, self.lockstep)
         least_left = self.epsilon if self.training else HALF
         mean = median = running.new_sums()
-        left = x.new_ones(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+        left = running.new_shares() + 1
         steps, cost, remainder = torch.zeros_like(running.rows), torch.zeros_like(left), torch.zeros_like(left)
         drafts: list[Drafts] = []
         for number in range(1, self.max_steps + 1):
             parts, rows = running.step(), running.rows
             before = left[rows]
-            after = before * (1.0 - self.halting(parts[0]))
+            after = before * (1.0 - self.halting(parts[0]).to(left.dtype))
             halts = (after.detach() <= least_left) | (number == self.max_steps)
             weight = torch.where(halts, before, before - after)
             is_median = (before.detach() > HALF) & ((after.detach() <= HALF) | halts)

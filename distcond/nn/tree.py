@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,7 +19,7 @@ from distcond.nn.gate_gradients import flip_levels, learn_from_flips, product_le
 from distcond.nn.gates import Gate, pooled
 from distcond.nn.tree_input import as_rows
 from distcond.nn.tree_nodes import add_parameters, dense_node
-from distcond.nn.tree_options import check_growth, check_options
+from distcond.nn.tree_options import ROWS_IN_DDP, check_growth, check_options, check_place
 from distcond.nn.tree_product import ANCHOR, TreeProduct, full_precision, in_one_piece, takes_flips
 from distcond.nn.tree_state import load_rows, move_rows, row_names, save_rows
 from distcond.ops import NodeTensors, TreePath, count_nonfinite, first_node, leaf_index, tree_leaf
@@ -90,7 +91,6 @@ class TreeLinear(nn.Module):
         self.subtree_loads: SubtreeLoads | None = None
         self.records_loads = self.records_touched = False
         self.trains_rows = True
-        self._backward_seen = False
         self._touched: list[Tensor] = []
         self._leaf_loads: list[Visits] = []
         self._nonfinite: Tensor | int = 0
@@ -169,10 +169,7 @@ class TreeLinear(nn.Module):
 
     @torch.no_grad()
     def node_weight(self, node_id: int, tree: int = 0) -> Tensor:
-        """Matrix of one node, [out / num_trees, in], zeros where it does not exist on this rank.
-
-        node_id: in heap order, the root of the tree is 0.
-        """
+        """Matrix of one node in heap order (its tree's root is 0), [out / num_trees, in], zeros where this rank has none."""
         return self._node(node_id, tree)[0]
 
     @torch.no_grad()
@@ -183,6 +180,7 @@ class TreeLinear(nn.Module):
     @torch.no_grad()
     def effective_weight(self, leaf: int, tree: int = 0) -> tuple[Tensor, Tensor]:
         """W(b) [out / num_trees, in] and c(b) of a leaf of a tree, each level counted in full whatever the gate gradient."""
+        leaf = check_place("leaf", leaf, 2**self.depth)
         nodes = [self._node(2**level - 1 + (leaf >> (self.depth - level)), tree) for level in range(self.depth + 1)]
         return sum((w for w, _ in nodes[1:]), nodes[0][0]), sum((c for _, c in nodes[1:]), nodes[0][1])
 
@@ -262,15 +260,17 @@ class TreeLinear(nn.Module):
         return () if self.table is not None else (self.weight, self.bias, self.right, self.left)
 
     def _node(self, node_id: int, tree: int = 0) -> tuple[Tensor, Tensor]:
+        node_id, tree = check_place("node_id", node_id, 2 ** (self.depth + 1) - 1), check_place("tree", tree, self.num_trees)
         level = (node_id + 1).bit_length() - 1
         key = first_node(level, self.num_trees) + (tree << level) + node_id - first_node(level)
-        return dense_node(key, self.node_tensors(self.node_parameters()), self.layout, self.table)
+        nodes = self.node_tensors(tuple(parameter.detach() for parameter in self.node_parameters()))
+        return dense_node(key, nodes, self.layout, self.table)
 
     def node_tensors(self, parameters: tuple[Tensor, ...]) -> NodeTensors:
         """The stored nodes as matrices, from the table or from the given parameters."""
         if self.table is not None:
             return self.table.tensors()
-        weight, bias, right, left = parameters
+        weight, bias, right, left = (parameter.contiguous() for parameter in parameters)
         return NodeTensors(weight, bias if self.has_bias else weight.new_zeros(weight.shape[:2]), right, left)
 
     # ---- gates and statistics ----------------------------------------------------------------------------------------
@@ -287,16 +287,14 @@ class TreeLinear(nn.Module):
         return gates_TMK
 
     def _before_forward(self) -> None:
-        if not (self.training and torch.is_grad_enabled()) or _is_recomputing():
+        if not self.training or _is_recomputing():
             return
-        if self.table is not None and DistributedDataParallel._get_active_ddp_module() is not None:
-            raise RuntimeError(
-                "a lazy TreeLinear inside DistributedDataParallel would train a different table on every rank; "
-                "use distcond.initialize(model=model, config=...) or storage='dense'"
-            )
-        if self.commits_by_itself and self._backward_seen:
+        in_ddp, learns = DistributedDataParallel._get_active_ddp_module() is not None, torch.is_grad_enabled()
+        if in_ddp and learns and (self.table is not None or self.records_touched):
+            raise RuntimeError(ROWS_IN_DDP)
+        # Activation checkpointing may compute without a gradient; so does a rank for itself, which must not wait for others.
+        if self.gate is not None and self.gate.is_due and (learns or in_ddp or not dist.is_initialized()):
             self.commit_statistics()
-        self._backward_seen = False
 
     def gate_levels(self) -> list[int]:
         """Levels whose gates learn from this pass through the product, ascending."""
@@ -309,9 +307,9 @@ class TreeLinear(nn.Module):
 
     def note_backward(self, path: TreePath, loads: Visits, statistics: Tensor | None) -> None:
         """Record what a backward pass reached: once for each forward, however often that is computed again."""
-        self._backward_seen = True
         if self.gate is not None and statistics is not None:
             self.gate.stage(statistics)
+            self.gate.is_due = self.commits_by_itself
         if self.records_touched:
             self._touched.append(path.nodes.flat_N)
         if self.subtree_loads is not None:

@@ -32,6 +32,10 @@ FIRST_ORDER_ALONE = (
     b"a TreeLinear has gradients of first order alone, but one of them is differentiated again (create_graph=True, as for a "
     b"gradient penalty); leave it out of what is differentiated twice"
 )
+UPDATED_BETWEEN = (
+    "RowAdam has updated the nodes of a TreeLinear after this forward pass; call backward before its step, or compute the "
+    "forward pass again"
+)
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -115,11 +119,9 @@ class TreeProduct(torch.autograd.Function):
         ctx.save_for_backward(local_TQ, scale_VK, *parameters)
         ctx.layer, ctx.walk, ctx.schedule, ctx.route = layer, walk, schedule, route
         ctx.dtype, ctx.soft_dtype = x_TQ.dtype, soft_VK.dtype
-        ctx.statistics, ctx.flips, ctx.gate_levels = (
-            statistics,
-            flips,
-            [level for level in layer.gate_levels() if level <= walk.depth],
-        )
+        ctx.statistics, ctx.flips = statistics, flips
+        ctx.gate_levels = [level for level in layer.gate_levels() if level <= walk.depth]
+        ctx.num_updates, ctx.is_noted = layer.layout.num_updates, False
         y_VP = y_VP.to(x_TQ.dtype)
         return y_VP if route is None else route.combine(y_VP)
 
@@ -129,6 +131,8 @@ class TreeProduct(torch.autograd.Function):
         """Gradients to rows, soft bits and parameters; those of a table are collected by the table, if they are asked for."""
         layer: TreeNodes = ctx.layer
         walk: Walk = ctx.walk
+        if layer.layout.num_updates != ctx.num_updates:
+            raise RuntimeError(UPDATED_BETWEEN)
         local_TQ, scale_VK, *parameters = ctx.saved_tensors
         grad_VP = grad_VP.contiguous() if ctx.route is None else ctx.route.dispatch(grad_VP)
         asking = [node for node, _ in ctx.next_functions[-len(parameters) :] if node is not None] if parameters else []
@@ -150,12 +154,15 @@ class TreeProduct(torch.autograd.Function):
             levels = range(1, walk.depth + 1) if layer.scales_levels else ctx.gate_levels
             grad_x, grad_soft = tree_backward(local_TQ, grad_VP, *tree, levels, out, flips, scale_VL)
         grad_soft = torch.nn.functional.pad(grad_soft, (0, layer.depth - walk.depth))
-        if learns or not asking:  # frozen nodes leave the thresholds to follow their mean
+        notes = not ctx.is_noted and (learns or not asking)  # frozen nodes leave the thresholds to follow their mean
+        ctx.is_noted |= notes
+        if notes:
             layer.note_backward(walk.path, walk.loads, ctx.statistics)
         grads: Gradients = (None,) * len(parameters)
         if learns and layer.table is not None:
             layer.table.stage_new(walk.path, rows)
-            layer.table.growth.stage(walk.asked)
+            if notes:
+                layer.table.growth.stage(walk.asked)
             if layer.table.rows_stay:
                 made = [own.copy_(part) for own, part in zip(kept, made, strict=True)]
             layer.table.add_gradient(rows, *made)

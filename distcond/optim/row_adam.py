@@ -111,6 +111,7 @@ class RowAdam:
 
     def _step_dense(self, layer: TreeLinear) -> None:
         touched = layer.take_touched()
+        layer.layout.num_updates += 1
         first_low = layer.layout.num_full_ids
         full, low = touched[touched < first_low], touched[touched >= first_low] - first_low
         for parameter, rows_G in zip(layer.node_parameters(), (full, full, low, low), strict=True):

@@ -54,6 +54,8 @@ class NodeTable:
         self.low = RowStore(rank * (in_features + out_features) + bias_width, device)
         self._matrices: tuple[Tensor, Tensor, NodeTensors] | None = None
         "The rows, and the same as matrices."
+        self.num_updates = 0
+        "Steps that were applied: what a forward pass read before one is not what a backward pass would read after it."
 
     @property
     def num_full_ids(self) -> int:
@@ -150,6 +152,7 @@ class NodeTable:
 
     def settle(self, admission: Admission | None) -> None:
         """End a step that is applied: nodes that were admitted (None: all that were made for it) stay, others are gone."""
+        self.num_updates += 1
         for kind, store in self.stores():
             if admission is None:
                 store.settle()

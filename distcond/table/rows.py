@@ -160,10 +160,9 @@ class RowStore:
         """
         if self._pending:
             return self.data.new_empty(number, self.width)
-        spare = self._spare.tensor
-        if spare.dtype != self.data.dtype or spare.device != self.data.device:
+        if (self._spare.tensor.dtype, self._spare.tensor.device) != (self.data.dtype, self.data.device):
             self._spare = self._no_rows()
-        if number > len(spare):
+        if number > len(self._spare.tensor):
             self._spare.resize(number)
         return self._spare.tensor[:number]
 

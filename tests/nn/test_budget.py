@@ -94,3 +94,17 @@ def test_its_state_goes_through_json_to_the_last_bit() -> None:
 def test_a_target_below_one_step_is_refused(target: float) -> None:
     with pytest.raises(ValueError, match="target_steps="):
         StepBudget(target)
+
+
+def test_the_penalty_is_a_share_of_a_loss_below_0_and_forgets_infinite_ones() -> None:
+    positive, negative, broken = StepBudget(3.0), StepBudget(3.0), StepBudget(3.0)
+    broken.commit(math.nan, math.inf, LR)
+    assert broken.penalty == 0.0
+    for steps in (5.0, 4.0, 2.0):
+        positive.commit(steps, 1.5, LR)
+        negative.commit(steps, -1.5, LR)
+        broken.commit(steps, math.nan, LR)
+        broken.commit(steps, 1.5, LR)
+        broken.commit(steps, math.inf, LR)
+    assert positive.penalty > 0
+    assert positive.state_dict() == negative.state_dict() == broken.state_dict()

@@ -248,8 +248,10 @@ def lone_rank(tmp_path: Path) -> Any:
     dist.destroy_process_group()
 
 
-def test_plain_ddp_around_a_lazy_layer_is_refused_and_told_what_to_use(lone_rank: Any) -> None:
-    model = DistributedDataParallel(nn.Sequential(nn.Linear(5, 5), make()))
+@pytest.mark.parametrize("storage", ["lazy", "dense"])
+def test_plain_ddp_around_a_layer_of_row_adam_is_refused_and_told_what_to_use(storage: str, lone_rank: Any) -> None:
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(5, 5), layer := make(storage=storage)))
+    RowAdam(layer)
     with pytest.raises(RuntimeError, match=r"distcond\.initialize\(model=model, config=\.\.\.\)"):
         model(tokens(6).float())
 
