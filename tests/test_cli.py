@@ -268,3 +268,39 @@ def test_completion_offers_what_may_follow(
     assert main(["-sc", "query=bash"]) == 0
     out, err = capsys.readouterr()
     assert (out.strip(), err) == (offered, "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["predict", "model", "--seed", "1", "lines.txt"], "lines.txt is no file"),
+        (["report", "first", "--out", "page.html", "second"], "first is not a run folder"),
+        (["evaluate", "first", "--step", "1"], "first is not a run folder"),
+    ],
+)
+def test_options_may_stand_between_what_they_are_for(
+    argv: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert told in refusal(capsys, *argv)
+
+
+@pytest.mark.parametrize("argv", [["bench", "table", "--quick"], ["explain", "run", "--input", "[1]"]])
+def test_a_result_that_could_not_be_written_is_refused_before_it_is_computed(
+    argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"--json {tmp_path} is a folder; name a file in it." in refusal(capsys, *argv, "--json", str(tmp_path))
+    missing = tmp_path / "no" / "rows.json"
+    assert "is not a folder; create it first." in refusal(capsys, *argv, "--json", str(missing))
+
+
+@pytest.mark.parametrize("verb", [["train"], ["train", "--dry-run"]])
+def test_a_run_that_could_not_be_written_is_refused_at_once(
+    verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    words = ["model=rnn", "data=parity", "cluster.num_workers=1", "run.name=a", f"run.dir={tmp_path}/file"]
+    assert f"{tmp_path}/file is no folder; choose another run.dir or run.name." in refusal(capsys, *verb, *words)
+    words[-1] = "run.dir=/proc/none"
+    if verb == ["train"]:  # a folder that only the attempt shows to be closed
+        assert "/proc/none/a cannot be written to" in refusal(capsys, *verb, *words)

@@ -76,7 +76,7 @@ def prepare_run(config: Config) -> Path:
         raise RunError("run.fork=true starts one new run by `distcond train`; leave it out here.")
     folder = RunFolder.of(config)
     with folder.locked():
-        if folder.config_file.exists():
+        if folder.config_file.exists() and folder.is_begun():
             check_continues(load_config(folder.config_file), config, folder.path)
         folder.logs.mkdir(exist_ok=True)
         folder.stop_file.unlink(missing_ok=True)

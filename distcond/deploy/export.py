@@ -25,6 +25,7 @@ from distcond.nn import TreeLinear, flatten
 from distcond.nn.model import SUMS, with_loss
 from distcond.opened import OpenedRun, open_run
 from distcond.train.metrics import ponder, quality
+from distcond.train.run_folder import check_writable
 from distcond.train.state import tensors
 from distcond.train.table_files import tree_layers
 
@@ -64,6 +65,7 @@ def export(run: Path, out: Path, step: int | None = None, options: ExportOptions
     trained = Deployed(opened.learner.body, shape_without(opened.feeder.task), {})
     before, loads = _measure(trained, opened)
     about = {"run": {"name": run.absolute().name, "step": opened.step}, "data": str(config.data.name)}
+    check_writable(out, "choose another --out.")
     with unfinished(out) as folder:
         entries = write_model(folder, trained, config.model, options, loads, config.data.tokenizer)
         exported = load(folder)

@@ -25,7 +25,7 @@ from distcond.ops import kernels, use_kernels
 from distcond.train.checkpoint import read_state
 from distcond.train.fits import cost_of
 from distcond.train.metrics import ponder, quality
-from distcond.train.run_folder import write_json
+from distcond.train.run_folder import check_writable, write_json
 
 DECIDING = (HaltingKind.act, HaltingKind.ponder)
 "Halting by which the number of steps is each input's own."
@@ -53,6 +53,8 @@ def evaluate(run: Path, step: int | None = None, against: Path | None = None) ->
     if against is not None:
         opened.append(_open(against, None))
         check_comparable(opened[0].run, opened[1].run)
+    folder = opened[0].run.folder.path / "eval"
+    check_writable(folder, "its figures are kept there; copy the run to where you may write.")
     with threads(int(read_state(opened[0].run.checkpoint).get("threads", 1))):
         measured = [_measure(one) for one in opened]
         times = latencies([one.calls for one in measured], measured[0].mean_length)
@@ -62,7 +64,6 @@ def evaluate(run: Path, step: int | None = None, against: Path | None = None) ->
     result = dict(first.figures)
     for other in others:
         result |= compare(first.figures, other.figures, first.quality, other.quality)
-    folder = opened[0].run.folder.path / "eval"
     folder.mkdir(exist_ok=True)
     write_json(folder / f"step_{opened[0].run.step:08d}.json", result)
     return result

@@ -114,6 +114,8 @@ def number(values: Mapping[Any, Any], key: Any) -> float | None:
 
 def read_run(run: Path) -> RunFacts:
     """Read the files of a run. Raises RunError as `find_checkpoint` does, and where a file is no JSON."""
+    if RunFolder(run).is_held():
+        raise RunError(f"{run} is still being written; report on it once the run has ended.")
     folder, config, checkpoint = find_checkpoint(run)
     state = read_state(checkpoint)
     step, started = int(state["step"]), state["summary"].get("init_from")

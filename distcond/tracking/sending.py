@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from distcond.errors import RunError
 from distcond.tracking import child
 from distcond.tracking.identity import WandbRun, last_sent, server
 from distcond.tracking.mirror import BUSY, FINISH_TIMEOUT_S, INIT_TIMEOUT_S, NO_KEY
@@ -88,6 +89,11 @@ def _steps(folder: Path) -> Iterator[int]:
     """Of each complete row."""
     file = folder / METRICS
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-    for line in lines:
+    for place, line in enumerate(lines, 1):
         if line.endswith("\n"):
-            yield int(json.loads(line)["step"])
+            try:
+                yield int(json.loads(line)["step"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise RunError(
+                    f"{file}, line {place}, is damaged (it is no JSON object with a step); remove that line."
+                ) from error

@@ -9,6 +9,7 @@ import platform
 import shlex
 import time
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ MAY_CHANGE = (
 MUST_STAY = frozenset({"train.init_from"})
 "Keys among those that may not: they decide results."
 RANKS_POLL_S = 0.1
+ELSEWHERE = "choose another run.dir or run.name."
 
 
 class RunFolder:
@@ -62,8 +64,13 @@ class RunFolder:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder against a second process; a lock dies with its holder. Raises RunError where it is held."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with self.lock_file.open("a+") as lock:
+        self.check_writable()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = self.lock_file.open("a+")
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written to ({error.strerror}); {ELSEWHERE}") from error
+        with file as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as busy:
@@ -74,6 +81,14 @@ class RunFolder:
             lock.write(_this_process())
             lock.flush()
             yield
+
+    def check_writable(self) -> None:
+        """Refuse a folder in which nothing can be written. Raises RunError."""
+        check_writable(self.path, ELSEWHERE)
+
+    def is_begun(self) -> bool:
+        """Whether anything was trained here: a run that was stopped while it started may still become another one."""
+        return self.metrics.exists() or any(self.checkpoints.glob("*"))
 
     def is_held(self) -> bool:
         """Whether a command is writing to the folder; asking changes nothing in it."""
@@ -144,7 +159,7 @@ def check_continues(old: Config, new: Config, folder: Path) -> None:
     """
     before, after = flat(dataclasses.asdict(old)), flat(dataclasses.asdict(new))
     differ = [
-        f"{key}={after.get(key)!r} (was {before.get(key)!r})"
+        f"{key}={_as_typed(after.get(key))} (was {_as_typed(before.get(key))})"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and (key in MUST_STAY or not key.startswith(MAY_CHANGE))
     ]
@@ -156,6 +171,10 @@ def check_continues(old: Config, new: Config, folder: Path) -> None:
         )
 
 
+def _as_typed(value: Any) -> str:
+    return str(value.value) if isinstance(value, Enum) else repr(value)
+
+
 def is_there(file: Path) -> bool:
     """Whether a file exists. NOTE: unlike `Path.exists` it raises nothing where storage is stale, cut off or closed to us."""
     return os.path.exists(file)  # noqa: PTH110
@@ -164,8 +183,21 @@ def is_there(file: Path) -> bool:
 def write_json(file: Path, value: Any) -> None:
     """Write JSON in one move: readers see the old file or the new one."""
     temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(file)
+    try:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.replace(file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def check_writable(folder: Path, advice: str) -> None:
+    """Refuse a folder in which, or under which, no file can be made: before hours go into what it is to hold. Raises RunError."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise RunError(f"{there} is no folder; {advice}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RunError(f"{there} cannot be written to; {advice}")
 
 
 def _this_process() -> str:

@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from distcond.config import Kernels
-from distcond.errors import RunError
-from distcond.verbs.parser import Parser, configure_logging, positive
+from distcond.verbs.parser import Parser, check_file_to_be, configure_logging, positive
 
 BENCHES = {
     "tree": "layers, beside this machine's limits and their rivals",
@@ -19,8 +18,8 @@ BENCHES = {
 def bench(argv: list[str]) -> int:
     """`distcond bench`."""
     args = _bench_parser().parse_args(argv)
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise RunError(f"--json {args.json}: {args.json.parent} is not a folder; create it first.")
+    if args.json is not None:
+        check_file_to_be("--json", args.json)
     configure_logging()
     from distcond import bench
     from distcond.ops import use_kernels

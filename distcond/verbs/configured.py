@@ -152,6 +152,7 @@ def _check_launch(config: Config) -> str:
     named, start = ready(config)
     folder = RunFolder.of(named)
     check_files(named.data)
-    if folder.config_file.is_file() and not named.run.fork:
+    folder.check_writable()
+    if folder.config_file.is_file() and folder.is_begun() and not named.run.fork:
         check_continues(load_config(folder.config_file), named, folder.path)
     return start

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distcond.errors import ConfigError, RunError
-from distcond.verbs.parser import Parser, configure_logging, positive
+from distcond.verbs.parser import Parser, check_file_to_be, configure_logging, positive
 
 
 def export(argv: list[str]) -> int:
@@ -22,7 +22,7 @@ def export(argv: list[str]) -> int:
     parser.add_argument("--flatten", action="store_true", help="fold the leaves of its trees: one matrix a prediction")
     parser.add_argument("--max-mib", type=positive, metavar="M", help="MiB that folded leaves may take: the most visited ones")
     parser.add_argument("--bf16", action="store_true", help="weights in bf16, half the size")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     configure_logging()
     if args.max_mib is not None and not args.flatten:
         raise ConfigError(f"--max-mib {args.max_mib:g} goes with --flatten.")
@@ -49,7 +49,7 @@ def predict(argv: list[str]) -> int:
     parser.add_argument("--temperature", type=positive, help="draw them; default: always the likeliest")
     parser.add_argument("--seed", type=int, help="of what is drawn")
     parser.add_argument("--json-lines", action="store_true", help="texts are JSON strings, which may hold newlines")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     configure_logging()
     if args.file is not None and not Path(args.file).is_file():
         raise RunError(f"{args.file} is no file; give one with a line for each answer, or none and write to standard input.")
@@ -79,12 +79,12 @@ def explain(argv: list[str]) -> int:
         "--with", nargs="+", default=[], type=Path, metavar="RUN", dest="others", help="do they cut inputs alike?"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it there")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     configure_logging()
     if args.input is None and not args.others:
         raise ConfigError("explain needs an input, e.g. --input 'def main(', or runs to compare with, --with runs/second.")
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise RunError(f"--json {args.json}: {args.json.parent} is not a folder; create it first.")
+    if args.json is not None:
+        check_file_to_be("--json", args.json)
     from distcond.deploy.explain import explain, read_input
     from distcond.deploy.explained import show, show_stability
     from distcond.deploy.stability import stability

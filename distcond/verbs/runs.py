@@ -13,7 +13,7 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="its folder, e.g. runs/first")
     parser.add_argument("--step", type=int, help="a checkpoint other than the latest")
     parser.add_argument("--against", type=Path, metavar="RUN", help="another run on the same data, e.g. the dense model")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     configure_logging()
     for run in (args.run, args.against):
         if run is not None:
@@ -29,7 +29,7 @@ def report(argv: list[str]) -> int:
     parser = Parser(prog="distcond report", description="One HTML page about runs; it needs no network.", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders; curves and maps are those of the first one")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the folder of the first run")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     configure_logging()
     for run in args.runs:
         _check_is_run(run)
@@ -43,7 +43,7 @@ def sync(argv: list[str]) -> int:
     """`distcond sync`."""
     parser = Parser(prog="distcond sync", description="Send to wandb what has not been sent, once.", allow_abbrev=False)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folders; none: every run in run.dir (run.dir=FOLDER: in FOLDER)")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     folders = [word.removeprefix("run.dir=") for word in args.runs if word.startswith("run.dir=")]
     runs = [Path(word) for word in args.runs if not word.startswith("run.dir=")]
     if len(folders) > 1 or (folders and runs):

@@ -36,9 +36,11 @@ def test_a_name_used_again_continues_that_run_or_is_refused(tmp_path: Path) -> N
     path = prepare_run(config)
     (path / "stop").touch()
     longer = override(config, {"train.max_steps": 9})
+    assert prepare_run(override(config, {"model.width": 64})) == path  # nothing was trained yet
     assert prepare_run(longer) == path
     assert load_config(path / "config.yaml") == longer
     assert not (path / "stop").exists()  # that was for the run before
+    (path / "metrics.jsonl").touch()
     with pytest.raises(RunError, match=r"model.width=32 \(was 16\); go on .*, use another run.name, or run.fork=true to"):
         prepare_run(override(config, {"model.width": 32}))
 

@@ -159,6 +159,7 @@ def test_a_server_that_refuses_rows_is_one_line_and_nothing_counts_as_sent(
 
 @pytest.mark.parametrize(("words", "message"), [
     (["RUN"], "there is no wandb key for http://127.0.0.1:9; set WANDB_API_KEY"),
+    (["DAMAGED"], "metrics.jsonl, line 4, is damaged (it is no JSON object with a step); remove that line"),
     (["nowhere"], "nowhere holds no run with metrics; give the folder of a run"),
     (["RUN", "run.dir=a"], "needed is either folders of runs, or one run.dir=FOLDER"),
     (["--al"], "unrecognized arguments: --al; did you mean --help"),
@@ -169,7 +170,10 @@ def test_a_mistake_is_one_line(
 ) -> None:
     forget_wandb(monkeypatch, tmp_path)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    folder = make_run(tmp_path / "first", range(1, 4))
-    assert main(["sync", *(str(folder) if word == "RUN" else word for word in words)]) == 2
+    folders = {"RUN": str(make_run(tmp_path / "first", range(1, 4)))}
+    folders["DAMAGED"] = str(make_run(tmp_path / "second", range(1, 4)))
+    with (tmp_path / "second" / "metrics.jsonl").open("a") as rows:
+        rows.write("garbage\n")
+    assert main(["sync", *(folders.get(word, word) for word in words)]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1

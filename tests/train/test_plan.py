@@ -177,11 +177,12 @@ def test_a_dry_run_refuses_what_the_run_would_be_refused_for_and_writes_nothing(
     config = small_config(tmp_path / "runs")
     (tmp_path / "runs/run").mkdir(parents=True)
     save_config(config, tmp_path / "runs/run/config.yaml")
+    (tmp_path / "runs/run/metrics.jsonl").touch()
     save_config(changed(config, **changes), tmp_path / "config.yaml")
     assert main(["train", "--dry-run", "--config", str(tmp_path / "config.yaml")]) == 2
     out, err = capsys.readouterr()
     assert told in err and err.count("\n") == 1 and out == ""
-    assert len([*tmp_path.rglob("*")]) == 4
+    assert len([*tmp_path.rglob("*")]) == 5
 
 
 def test_a_dry_run_of_what_other_machines_will_do_asks_this_one_for_no_room(

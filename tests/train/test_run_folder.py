@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from distcond.compose import override
 from distcond.config import Config
 from distcond.errors import RunError
 from distcond.train.run_folder import MAY_CHANGE, RunFolder, check_continues, write_json
@@ -50,6 +51,22 @@ def test_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     assert f"process {holder.pid}" in (tmp_path / "lock").read_text()  # it had no time to tidy up
     with RunFolder(tmp_path).locked():
         assert f"process {holder.pid}" not in (tmp_path / "lock").read_text()
+
+
+def test_json_that_cannot_be_put_in_place_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        write_json(tmp_path / "folder", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_other_settings_are_told_as_they_are_typed(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    other = override(config, {"model.halting.kind": "fixed", "model.width": 32})
+    with pytest.raises(
+        RunError, match=rf"model.halting.kind=fixed \(was {config.model.halting.kind.value}\); model.width=32 \(was"
+    ):
+        check_continues(config, other, tmp_path)
 
 
 @pytest.mark.thorough
