@@ -6,6 +6,7 @@ decay is caught up at the next touch. A row is touched when a token was routed t
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +109,33 @@ class RowAdam:
             layer.take_touched()
             for parameter in layer.node_parameters():
                 parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What Adam keeps, for `torch.save` beside the module's own state dict; the options are not part of it."""
+        rows = [{"keys": store.keys, **store.state} for store in self.stores()]
+        return {"log_decay": self.log_decay, "rows": rows, "dense": [dict(self._dense_state.get(p, {})) for p in self._dense()]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave. Raises ValueError unless the module has taken over its own state before."""
+        stores, dense = list(self.stores()), self._dense()
+        found = [store.find(saved["keys"].to(store.keys.device)) for store, saved in zip(stores, state["rows"], strict=False)]
+        if (len(state["rows"]), len(state["dense"])) != (len(stores), len(dense)) or any(bool((row < 0).any()) for row in found):
+            raise ValueError("the state of RowAdam is of other nodes; load the state of the module that it was saved with first")
+        self.log_decay = state["log_decay"]
+        for store, rows, saved in zip(stores, found, state["rows"], strict=True):
+            store.clear_state()
+            for name in saved.keys() - {"keys"}:
+                add_state(store)
+                store.state[name][rows] = saved[name].to(store.state[name])
+        moved = [
+            {name: value.to(p.device, copy=True) for name, value in saved.items()}
+            for p, saved in zip(dense, state["dense"], strict=True)
+        ]
+        self._dense_state = {p: saved for p, saved in zip(dense, moved, strict=True) if saved}
+
+    def _dense(self) -> list[Tensor]:
+        return [parameter for layer in self.layers for parameter in layer.node_parameters()]
 
     def _step_dense(self, layer: TreeLinear) -> None:
         touched = layer.take_touched()

@@ -3,6 +3,7 @@
 import copy
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,6 +83,41 @@ def test_a_saved_layer_goes_on_as_if_it_had_not_been_saved(kind: str) -> None:
     twin_adam.load_state_dict(copy.deepcopy(adam.state_dict()))
     assert train(twin, twin_adam, 4) == train(layer, adam, 4)
     assert all(torch.equal(value, twin.state_dict()[name]) for name, value in layer.state_dict().items())
+
+
+def train(layer: TreeLinear, rows: RowAdam, adam: torch.optim.Optimizer, number: int) -> list[float]:
+    losses = []
+    for _ in range(number):
+        adam.zero_grad()
+        rows.zero_grad()
+        loss = (layer(tokens()) - 1).square().mean()
+        loss.backward()
+        rows.step()
+        adam.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def with_optimizers(storage: str) -> tuple[TreeLinear, RowAdam, torch.optim.Optimizer]:
+    layer = make(storage, full_depth=2, rank=2)
+    assert layer.gate is not None
+    return layer, RowAdam(layer, lr=0.1, weight_decay=0.1), torch.optim.Adam(layer.gate.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("storage", ["dense", "lazy", "host"])
+def test_a_layer_and_its_optimizers_are_saved_as_torch_saves(storage: str, tmp_path: Path) -> None:
+    layer, rows, adam = with_optimizers(storage)
+    train(layer, rows, adam, 3)
+    torch.save([part.state_dict() for part in (layer, rows, adam)], tmp_path / "state.pt")
+    twins = with_optimizers(storage)
+    train(*twins, 2)
+    for twin, state in zip(twins, torch.load(tmp_path / "state.pt", weights_only=True), strict=True):
+        twin.load_state_dict(state)
+    assert train(*twins, 4) == train(layer, rows, adam, 4)
+    other = RowAdam(TreeLinear(6, 4, 3, storage=storage, full_depth=2, rank=2))
+    if storage != "dense":
+        with pytest.raises(ValueError, match="load the state of the module that it was saved with first"):
+            other.load_state_dict(rows.state_dict())
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
