@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,13 @@ METRICS, SAMPLES, TREES = Path("metrics.jsonl"), Path("eval") / "samples.jsonl",
 class Tracker:
     """Writes the metrics of a run; only rank 0 has one. No method waits longer than CLOSE_TIMEOUT_S."""
 
-    def __init__(self, folder: Path, run: WandbRun, mode: str, resume_step: int) -> None:
+    def __init__(
+        self, folder: Path, run: WandbRun, mode: str, resume_step: int, note: Callable[[str], None] = log.warning
+    ) -> None:
         """Rows after `resume_step` are cut from what is there; wandb keeps its files in RUN/wandb.
 
-        mode: auto, offline, online or disabled (no wandb at all); with auto, WANDB_MODE decides where it is set.
+        mode: auto, offline, online or disabled (no wandb at all); with auto, WANDB_MODE decides where it is set. note: told
+        where a run that is to be online is not; with other modes that is a warning in the log.
         """
         self._metrics, self._samples, self._trees = (_Rows(folder, name, resume_step) for name in (METRICS, SAMPLES, TREES))
         self._metrics.file.touch()
@@ -37,7 +40,8 @@ class Tracker:
             mode = os.environ.get("WANDB_MODE", mode)
         if mode != "disabled":
             start = self._metrics.file.stat().st_size
-            self._mirror = _Mirror(folder, {"what": "follow", "mode": mode, "start": start, **what_of(folder, run)})
+            task = {"what": "follow", "mode": mode, "start": start, **what_of(folder, run)}
+            self._mirror = _Mirror(folder, task, note if mode == "online" else log.warning)
 
     def log(self, row: dict[str, float]) -> None:
         """Append one row, which carries `step`, as a line of JSON; NaN and infinity become null.
@@ -125,8 +129,8 @@ def _step(line: bytes) -> float:
 class _Mirror:
     """The process that follows the files as training sees it: told what to do, then to end; it answers with warnings only."""
 
-    def __init__(self, folder: Path, task: dict[str, Any]) -> None:
-        self._process = child.start(folder, task)
+    def __init__(self, folder: Path, task: dict[str, Any], note: Callable[[str], None]) -> None:
+        self._process, self._note = child.start(folder, task), note
         self._reader = threading.Thread(target=self._pass_on_warnings, daemon=True)
         self._reader.start()
 
@@ -141,5 +145,5 @@ class _Mirror:
         assert self._process.stdout is not None
         with self._process.stdout as lines:
             for line in lines:
-                log.warning("%s", line.decode().rstrip())
+                self._note(line.decode().rstrip())
         self._process.wait()

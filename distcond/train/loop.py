@@ -141,7 +141,7 @@ def make_hooks(run: Run, task: Task, settings: dict[str, Any]) -> list[Hook]:
     if run.engine.tables.world.rank == 0:
         write_json(folder.environment_file, environment(task))
         wandb = wandb_run(folder.path, config.tracking, settings)
-        tracker = Tracker(folder.path, wandb, config.tracking.mode.value, run.step or NOTHING)
+        tracker = Tracker(folder.path, wandb, config.tracking.mode.value, run.step or NOTHING, run.note)
     cost = cost_for(config.model, task, run.learner.body)
     hooks: list[Hook] = [
         StopHook(),
