@@ -34,8 +34,9 @@ def check_fits(config: Config) -> None:
     available = psutil.virtual_memory().available
     need(
         needed <= available,
-        f"model.tree.depth={tree.depth}, storage={tree.storage}, max_nodes={tree.max_nodes} needs {int(needed):,} bytes for "
-        f"{cluster.num_workers} ranks' weights and moments, {available:,} are available; use a smaller depth, rank or max_nodes.",
+        f"model.width={config.model.width}, tree.depth={tree.depth}, storage={tree.storage}, max_nodes={tree.max_nodes} needs "
+        f"{int(needed):,} bytes for {cluster.num_workers} ranks' weights and moments, {available:,} are available; use a smaller "
+        "width, depth, rank or max_nodes.",
     )
 
 
