@@ -306,6 +306,7 @@ def test_a_bad_space_is_one_line_and_no_ray(tmp_path: Path) -> None:
 def test_a_killed_sweep_goes_on_and_trials_finish_stop_early_or_fail_and_leave_room(shared_ray: Room, tmp_path: Path) -> None:
     # One bit of parity is learnt at once or, without a learning rate, never. A folder that holds another run fails.
     save_config(compose(["seed=5"]), _folder(tmp_path / "s" / "003-lr=0.01") / "config.yaml")
+    (tmp_path / "s" / "003-lr=0.01" / "metrics.jsonl").touch()
     words = [
         *("sweep.name=s", "+sweep.space={optim.lr:[0.03,1.0e-9,0.02,0.01]}", "data.num_bits=1", "model.width=16"),
         *("train.max_steps=400", "checkpoint.every=20", "sweep.asha_grace=0.1", "seed=1"),  # wrong before it has learnt
