@@ -289,7 +289,9 @@ def test_options_may_stand_between_what_they_are_for(
 def test_a_result_that_could_not_be_written_is_refused_before_it_is_computed(
     argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert f"--json {tmp_path} is a folder; name a file in it." in refusal(capsys, *argv, "--json", str(tmp_path))
+    assert f"--json {tmp_path} is a folder; give a file in it, e.g. {tmp_path}/" in refusal(
+        capsys, *argv, "--json", str(tmp_path)
+    )
     missing = tmp_path / "no" / "rows.json"
     assert "is not a folder; create it first." in refusal(capsys, *argv, "--json", str(missing))
 

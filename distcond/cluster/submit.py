@@ -18,7 +18,7 @@ from distcond.compose import override, save_config, to_yaml
 from distcond.config import ClusterName, Config
 from distcond.errors import ConfigError
 from distcond.redaction import redact, without_user
-from distcond.train.run_folder import ELSEWHERE, check_writable
+from distcond.train.run_folder import RunFolder
 
 FORWARDED_VARIABLES = ("WANDB_MODE", "WANDB_BASE_URL", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 "Settings that follow a job. Never a key or token: a job's environment is shown to everyone who sees the dashboard."
@@ -124,7 +124,7 @@ def _submit_to_slurm(what: str, config: Config, dry_run: bool) -> int:
     if dry_run:
         _write(script)
         return 0
-    check_writable(folder, ELSEWHERE)
+    RunFolder(folder).check_writable()
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     save_config(override(config, {"cluster.address": ""}), folder / slurm.CONFIG_FILE)
     file = folder / slurm.SCRIPT_FILE

@@ -67,6 +67,12 @@ def ready(config: Config) -> tuple[Config, str]:
     return config, "" if config.run.fork else check_start([config])
 
 
+def check_same(folder: RunFolder, config: Config) -> None:
+    """Refuse a folder in which a run with other settings was begun. Raises RunError that names them."""
+    if folder.config_file.exists() and folder.is_begun():
+        check_continues(load_config(folder.config_file), config, folder.path)
+
+
 def prepare_run(config: Config) -> Path:
     """Create the run folder of a named configuration, or check that this configuration continues what is in it.
 
@@ -76,8 +82,7 @@ def prepare_run(config: Config) -> Path:
         raise RunError("run.fork=true starts one new run by `distcond train`; leave it out here.")
     folder = RunFolder.of(config)
     with folder.locked():
-        if folder.config_file.exists() and folder.is_begun():
-            check_continues(load_config(folder.config_file), config, folder.path)
+        check_same(folder, config)
         folder.logs.mkdir(exist_ok=True)
         folder.stop_file.unlink(missing_ok=True)
         save_config(config, folder.config_file)

@@ -60,12 +60,12 @@ def export(run: Path, out: Path, step: int | None = None, options: ExportOptions
     options = options or ExportOptions()
     if out.exists():
         raise RunError(f"{out} exists; remove it, or give another --out.")
+    check_writable(out, "choose another --out.")
     opened = open_run(run, step)
     config = opened.config
     trained = Deployed(opened.learner.body, shape_without(opened.feeder.task), {})
     before, loads = _measure(trained, opened)
     about = {"run": {"name": run.absolute().name, "step": opened.step}, "data": str(config.data.name)}
-    check_writable(out, "choose another --out.")
     with unfinished(out) as folder:
         entries = write_model(folder, trained, config.model, options, loads, config.data.tokenizer)
         exported = load(folder)

@@ -25,8 +25,7 @@ def check_options(
 ) -> None:
     """Raise ValueError with a line that says what was given and what is needed, unless a layer can be made of these."""
     _check_whole(in_features=in_features, out_features=out_features, depth=depth, full_depth=full_depth, num_trees=num_trees)
-    if rank is not None:
-        _check_whole(rank=rank)
+    _check_whole(rank=1 if rank is None else rank)
     if in_features < 1 or out_features < 1:
         raise ValueError(f"in_features={in_features}, out_features={out_features}: both must be 1 or more")
     if not 0 <= depth <= 62:

@@ -125,9 +125,10 @@ class RowAdam:
         self.log_decay = state["log_decay"]
         for store, rows, saved in zip(stores, found, state["rows"], strict=True):
             store.clear_state()
-            for name in saved.keys() - {"keys"}:
-                add_state(store)
-                store.state[name][rows] = saved[name].to(store.state[name])
+            for name, value in saved.items():
+                if name != "keys":
+                    store.add_state(name, value.shape[1:], value.dtype)
+                    store.state[name][rows] = value.to(rows.device)
         moved = [
             {name: value.to(p.device, copy=True) for name, value in saved.items()}
             for p, saved in zip(dense, state["dense"], strict=True)

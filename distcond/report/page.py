@@ -30,6 +30,7 @@ from distcond.report.spending import Spending, spending
 from distcond.report.tree_map import TreeMap, tree_map
 from distcond.report.verdict import has_fixed, verdict
 from distcond.report.words import visible
+from distcond.train.run_folder import check_can_hold
 from distcond.train.table_files import tree_layers
 
 FLIP_POSITIONS = 512
@@ -44,7 +45,7 @@ def report(runs: Sequence[Path], out: Path | None = None) -> Path:
     data than the first, and where the file cannot be written.
     """
     file = runs[0] / "report.html" if out is None else out
-    check_can_hold(file)
+    check_can_hold("--out", file, "report.html")
     facts = [read_run(run) for run in runs]
     check_comparable(facts)
     with threads(1):
@@ -57,14 +58,6 @@ def report(runs: Sequence[Path], out: Path | None = None) -> Path:
     except OSError as error:
         raise RunError(f"{file} cannot be written ({error.strerror}); choose another place by --out FILE.") from error
     return file
-
-
-def check_can_hold(file: Path) -> None:
-    """Refuse a place where no file can be written, before anything is read. Raises RunError."""
-    if not file.absolute().parent.is_dir():
-        raise RunError(f"--out {file}: {file.parent} is not a folder; create it first.")
-    if file.is_dir():
-        raise RunError(f"--out {file} is a folder; give a file in it, e.g. {file / 'report.html'}.")
 
 
 def _maps(opened: OpenedRun) -> tuple[Spending, list[TreeMap]]:

@@ -200,6 +200,18 @@ def check_writable(folder: Path, advice: str) -> None:
         raise RunError(f"{there} cannot be written to; {advice}")
 
 
+def check_can_hold(flag: str, file: Path, name: str) -> None:
+    """Refuse a place where no file can be written, before anything is computed for it. Raises RunError.
+
+    flag: what gave it. name: of a file, for advice.
+    """
+    if not file.absolute().parent.is_dir():
+        raise RunError(f"{flag} {file}: {file.parent} is not a folder; create it first.")
+    if file.is_dir():
+        raise RunError(f"{flag} {file} is a folder; give a file in it, e.g. {file / name}.")
+    check_writable(file.parent, f"choose another place by {flag} FILE.")
+
+
 def _this_process() -> str:
     return f"process {os.getpid()} on {platform.node()}"
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from distcond.config import Kernels
-from distcond.verbs.parser import Parser, check_file_to_be, configure_logging, positive
+from distcond.verbs.parser import Parser, configure_logging, positive
 
 BENCHES = {
     "tree": "layers, beside this machine's limits and their rivals",
@@ -18,12 +18,13 @@ BENCHES = {
 def bench(argv: list[str]) -> int:
     """`distcond bench`."""
     args = _bench_parser().parse_args(argv)
-    if args.json is not None:
-        check_file_to_be("--json", args.json)
     configure_logging()
+    from distcond.train.run_folder import check_can_hold, write_json
+
+    if args.json is not None:
+        check_can_hold("--json", args.json, "rows.json")
     from distcond import bench
     from distcond.ops import use_kernels
-    from distcond.train.run_folder import write_json
 
     use_kernels(args.kernels)
     options: dict[str, Any] = {}

@@ -142,10 +142,9 @@ def _dry_run(config: Config) -> int:
 def _check_launch(config: Config) -> str:
     """Refuse what `launch` would refuse before it starts or writes anything; a line on the run that this one starts from."""
     from distcond.cluster.local import preflight
-    from distcond.cluster.trainer import ready
-    from distcond.compose import load_config
+    from distcond.cluster.trainer import check_same, ready
     from distcond.data import check_files
-    from distcond.train.run_folder import RunFolder, check_continues
+    from distcond.train.run_folder import RunFolder
 
     if config.cluster.name == ClusterName.local:
         preflight(config.cluster)
@@ -153,6 +152,6 @@ def _check_launch(config: Config) -> str:
     folder = RunFolder.of(named)
     check_files(named.data)
     folder.check_writable()
-    if folder.config_file.is_file() and folder.is_begun() and not named.run.fork:
-        check_continues(load_config(folder.config_file), named, folder.path)
+    if not named.run.fork:
+        check_same(folder, named)
     return start

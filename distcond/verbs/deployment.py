@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distcond.errors import ConfigError, RunError
-from distcond.verbs.parser import Parser, check_file_to_be, configure_logging, positive
+from distcond.verbs.parser import Parser, configure_logging, positive
 
 
 def export(argv: list[str]) -> int:
@@ -83,12 +83,13 @@ def explain(argv: list[str]) -> int:
     configure_logging()
     if args.input is None and not args.others:
         raise ConfigError("explain needs an input, e.g. --input 'def main(', or runs to compare with, --with runs/second.")
+    from distcond.train.run_folder import check_can_hold, write_json
+
     if args.json is not None:
-        check_file_to_be("--json", args.json)
+        check_can_hold("--json", args.json, "explained.json")
     from distcond.deploy.explain import explain, read_input
     from distcond.deploy.explained import show, show_stability
     from distcond.deploy.stability import stability
-    from distcond.train.run_folder import write_json
 
     result: dict[str, Any] = {}
     shown = []

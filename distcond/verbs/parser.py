@@ -4,10 +4,9 @@ import argparse
 import logging
 import os
 from difflib import get_close_matches
-from pathlib import Path
 from typing import NoReturn
 
-from distcond.errors import ConfigError, RunError
+from distcond.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,17 +26,6 @@ def configure_logging() -> None:
         raise ConfigError(f"DISTCOND_LOG={level} is not a level; needed is one of DEBUG, INFO, WARNING, ERROR.")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("distcond").setLevel(level)
-
-
-def check_file_to_be(flag: str, file: Path) -> None:
-    """Refuse a file that cannot be written, before anything is computed for it. Raises RunError."""
-    folder = file.absolute().parent
-    if not folder.is_dir():
-        raise RunError(f"{flag} {file}: {file.parent} is not a folder; create it first.")
-    if file.is_dir():
-        raise RunError(f"{flag} {file} is a folder; name a file in it.")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise RunError(f"{flag} {file}: {folder} cannot be written to; name a file elsewhere.")
 
 
 def positive(text: str) -> float:

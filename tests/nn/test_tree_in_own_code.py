@@ -1,8 +1,7 @@
 """What users do with a layer in training code of their own: move it, save it, accumulate, check-point activations."""
 
 import copy
-import shutil
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distcond.nn import AdaptiveComputation, PonderNet, TreeLinear
-from distcond.ops import use_kernels
 from distcond.optim import RowAdam
-
-needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc here")
-
-
-@pytest.fixture(params=["torch", pytest.param("native", marks=needs_gcc)])
-def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    use_kernels(request.param)
-    yield request.param
-    use_kernels("torch")
 
 
 def make(storage: str = "dense", **options: Any) -> TreeLinear:
@@ -35,6 +24,19 @@ def make(storage: str = "dense", **options: Any) -> TreeLinear:
 
 def tokens(number: int = 16) -> Tensor:
     return torch.randn(number, 6, generator=torch.Generator().manual_seed(1))
+
+
+def train(layer: TreeLinear, optimizers: Sequence[RowAdam | torch.optim.Optimizer], number: int) -> list[float]:
+    losses = []
+    for _ in range(number):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = (layer(tokens()) - 1).square().mean()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
 
 
 @pytest.mark.parametrize("storage", ["dense", "lazy", "host"])
@@ -64,38 +66,14 @@ def test_nodes_that_are_not_contiguous_are_computed_with(kernels: str) -> None:
 def test_a_saved_layer_goes_on_as_if_it_had_not_been_saved(kind: str) -> None:
     layer = make(gate_gradient=kind)
     adam = torch.optim.Adam(layer.parameters(), 0.1)
-
-    def train(layer: TreeLinear, adam: torch.optim.Optimizer, number: int) -> list[float]:
-        losses = []
-        for _ in range(number):
-            adam.zero_grad()
-            loss = (layer(tokens()) - 1).square().mean()
-            loss.backward()
-            adam.step()
-            losses.append(float(loss.detach()))
-        return losses
-
-    train(layer, adam, 2)
+    train(layer, [adam], 2)
     twin = make(gate_gradient=kind)
     twin_adam = torch.optim.Adam(twin.parameters(), 0.1)
-    train(twin, twin_adam, 1)  # what it has staged is not that of the state which it is given
+    train(twin, [twin_adam], 1)  # what it has staged is not that of the state which it is given
     twin.load_state_dict(copy.deepcopy(layer.state_dict()))
     twin_adam.load_state_dict(copy.deepcopy(adam.state_dict()))
-    assert train(twin, twin_adam, 4) == train(layer, adam, 4)
+    assert train(twin, [twin_adam], 4) == train(layer, [adam], 4)
     assert all(torch.equal(value, twin.state_dict()[name]) for name, value in layer.state_dict().items())
-
-
-def train(layer: TreeLinear, rows: RowAdam, adam: torch.optim.Optimizer, number: int) -> list[float]:
-    losses = []
-    for _ in range(number):
-        adam.zero_grad()
-        rows.zero_grad()
-        loss = (layer(tokens()) - 1).square().mean()
-        loss.backward()
-        rows.step()
-        adam.step()
-        losses.append(float(loss.detach()))
-    return losses
 
 
 def with_optimizers(storage: str) -> tuple[TreeLinear, RowAdam, torch.optim.Optimizer]:
@@ -107,13 +85,13 @@ def with_optimizers(storage: str) -> tuple[TreeLinear, RowAdam, torch.optim.Opti
 @pytest.mark.parametrize("storage", ["dense", "lazy", "host"])
 def test_a_layer_and_its_optimizers_are_saved_as_torch_saves(storage: str, tmp_path: Path) -> None:
     layer, rows, adam = with_optimizers(storage)
-    train(layer, rows, adam, 3)
+    train(layer, [rows, adam], 3)
     torch.save([part.state_dict() for part in (layer, rows, adam)], tmp_path / "state.pt")
-    twins = with_optimizers(storage)
-    train(*twins, 2)
-    for twin, state in zip(twins, torch.load(tmp_path / "state.pt", weights_only=True), strict=True):
-        twin.load_state_dict(state)
-    assert train(*twins, 4) == train(layer, rows, adam, 4)
+    twin, *twin_optimizers = with_optimizers(storage)
+    train(twin, twin_optimizers, 2)
+    for part, state in zip([twin, *twin_optimizers], torch.load(tmp_path / "state.pt", weights_only=True), strict=True):
+        part.load_state_dict(state)
+    assert train(twin, twin_optimizers, 4) == train(layer, [rows, adam], 4)
     other = RowAdam(TreeLinear(6, 4, 3, storage=storage, full_depth=2, rank=2))
     if storage != "dense":
         with pytest.raises(ValueError, match="load the state of the module that it was saved with first"):

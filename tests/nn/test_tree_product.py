@@ -1,10 +1,9 @@
 """The product as an autograd function: what a backward pass leaves behind, what it refuses, and what `torch.compile` sees."""
 
 import copy
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,20 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distcond.nn import TreeLinear
-from distcond.ops import use_kernels
 from distcond.optim import RowAdam
 from tests.pairs import every_pair
 from tests.trees import nodes_of, random_tree, seed_cpu, tokens
-
-needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc here")
-
-
-@pytest.fixture(params=["torch", pytest.param("native", marks=needs_gcc)])
-def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    use_kernels(request.param)
-    yield request.param
-    use_kernels("torch")
-
 
 # ---- gradients of gradients ------------------------------------------------------------------------------------------
 
