@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -104,6 +105,13 @@ def processes_of(actor: str, processes: Iterable[psutil.Process]) -> list[psutil
             if "".join(process.cmdline()).startswith(f"ray::{actor}"):
                 found.append(process)
     return found
+
+
+def signal_all(processes: Iterable[psutil.Process], number: int = signal.SIGKILL) -> None:
+    """Signal each that is still there: of Ray's processes some end by themselves as soon as another has."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
 
 
 class Command:

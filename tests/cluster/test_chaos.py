@@ -3,7 +3,6 @@
 DISTCOND_CHAOS_S: another length, in seconds. Events and recoveries, one JSON line each, are kept beside the run folder.
 """
 
-import contextlib
 import json
 import os
 import random
@@ -18,7 +17,7 @@ import pytest
 
 from distcond.cluster.trainer import prepare_run
 from distcond.config import Config
-from tests.cluster.processes import TIMEOUT_S, Command, assert_same_end, last_step, processes_of, wait_until
+from tests.cluster.processes import TIMEOUT_S, Command, assert_same_end, last_step, processes_of, signal_all, wait_until
 from tests.helpers import changed, sealers_below, small_config
 
 DURATION_S = float(os.environ.get("DISTCOND_CHAOS_S", "600"))
@@ -53,8 +52,7 @@ class Chaos:
     def kill_while_a_checkpoint_is_written(self) -> None:
         workers = self.find("RayTrainWorker")
         wait_until(lambda: list((self.run / "checkpoints").glob(".step_*.tmp")), poll_s=0.001)
-        for worker in workers:
-            worker.kill()
+        signal_all(workers)
 
     def kill_driver(self) -> None:
         self.command.process.kill()
@@ -62,9 +60,7 @@ class Chaos:
         self.start()
 
     def kill_everything(self) -> None:
-        for process in [self.command.process, *self.command.process.children(recursive=True), *sealers_below(self.folder)]:
-            with contextlib.suppress(psutil.NoSuchProcess):  # some end by themselves when their parent is gone
-                process.kill()
+        signal_all([self.command.process, *self.command.process.children(recursive=True), *sealers_below(self.folder)])
         self.command.end(left_s=10)
         self.start()
 
@@ -103,8 +99,7 @@ def chaos(config: Config, tmp_path: Path) -> Iterator[Chaos]:
     prepare_run(config)
     chaos = Chaos(tmp_path, random.Random(SEED))
     yield chaos
-    with contextlib.suppress(psutil.NoSuchProcess):
-        chaos.command.process.kill()
+    signal_all([chaos.command.process])
 
 
 @pytest.mark.ray

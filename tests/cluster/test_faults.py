@@ -30,6 +30,7 @@ from tests.cluster.processes import (
     last_step,
     processes_of,
     read_rows,
+    signal_all,
     wait_until,
     words,
 )
@@ -123,7 +124,7 @@ def test_a_run_that_stands_still_is_started_again(undisturbed: Path, tmp_path: P
     assert all("Thread 0x" in log for log in logs)  # where each rank stood: one waits for a batch, the other for that one
     assert any("feeder.py" in log for log in logs)
     assert_same_end(path, undisturbed)
-    assert not [process for process in find_processes("_DataActor") if process.status() == psutil.STATUS_STOPPED]
+    wait_until(lambda: set(find_processes("_DataActor")) <= before, timeout_s=5)
 
 
 def start(folder: Path, **changes: Any) -> Command:
@@ -141,8 +142,7 @@ def test_the_driver_and_then_every_process_killed_the_same_command_goes_on(undis
 
     command = Command(tmp_path, "--config", "run/config.yaml")
     wait_until(lambda: command.reaches(run, 45))
-    for process in [command.process, *command.process.children(recursive=True), *sealers_below(run)]:
-        process.kill()
+    signal_all([command.process, *command.process.children(recursive=True), *sealers_below(run)])
     assert command.end(left_s=5) == (-signal.SIGKILL, "")
 
     command = Command(tmp_path, "--config", "run/config.yaml")
@@ -168,8 +168,7 @@ def test_a_sigterm_to_all_processes_ends_in_a_line_and_the_run_goes_on_from_its_
     command = start(tmp_path, train__max_steps=10**6)
     run = tmp_path / "run"
     wait_until(lambda: command.reaches(run, EVERY + 2))
-    for process in [command.process, *command.process.children(recursive=True), *sealers_below(run)]:
-        process.send_signal(signal.SIGTERM)
+    signal_all([command.process, *command.process.children(recursive=True), *sealers_below(run)], signal.SIGTERM)
     assert command.end(left_s=5) == (130, "")
     assert "Stopped without a checkpoint, for Ray's processes were ended too.\n" in command.lines
     assert command.lines[-1] == "next  distcond train --config run/config.yaml\n"

@@ -1,5 +1,6 @@
 """Workers that die, or freeze, at any time are replaced. Real processes on a real Ray, which train nothing."""
 
+import contextlib
 import os
 import signal
 import time
@@ -56,9 +57,11 @@ def run_job(job: Job, meanwhile: Callable[[], None]) -> Outcome:
 
 
 def workers_of(folder: Path) -> set[psutil.Process]:
-    return {
-        psutil.Process(int(file.name)) for file in folder.iterdir() if file.name.isdigit() and psutil.pid_exists(int(file.name))
-    }
+    workers = set()
+    for file in folder.iterdir():
+        with contextlib.suppress(ValueError, psutil.NoSuchProcess):  # another file, or one of a worker that has ended
+            workers.add(psutil.Process(int(file.name)))
+    return workers
 
 
 def test_a_frozen_worker_is_found_in_time_and_replaced(tmp_path: Path) -> None:

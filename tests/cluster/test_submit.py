@@ -23,7 +23,7 @@ from distcond.cluster.submit import submit
 from distcond.compose import compose, load_config, override
 from distcond.config import Config
 from distcond.errors import ClusterError, ConfigError
-from tests.cluster.processes import SLOW_START, TIMEOUT_S, wait_until
+from tests.cluster.processes import SLOW_START, TIMEOUT_S, signal_all, wait_until
 
 BIN = Path(sys.executable).parent
 TOKEN = "0123456789abcdef" * 4
@@ -320,7 +320,5 @@ def _stop(head: "subprocess.Popen[bytes]") -> None:
     processes = psutil.Process(head.pid).children(recursive=True)
     head.terminate()  # Ray then ends its own
     head.wait(TIMEOUT_S)
-    for process in processes:
-        if process.is_running():
-            process.kill()
+    signal_all(processes)
     assert psutil.wait_procs(processes, timeout=10)[1] == []

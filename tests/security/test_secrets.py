@@ -15,6 +15,7 @@ from distcond.cli import main
 from distcond.cluster.memory import NoMemoryError
 from distcond.redaction import has_password, is_secret, redact
 from distcond.tracking import Tracker, WandbRun
+from tests.cluster.processes import processes_of, signal_all
 from tests.helpers import HANG_S
 
 pytestmark = pytest.mark.thorough
@@ -167,9 +168,7 @@ def test_a_run_that_fails_keeps_no_secret(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "a"
     while run.poll() is None and not ((folder / "checkpoints" / "latest").exists() and (folder / "wandb").exists()):
         time.sleep(0.1)
-    for process in run.children(recursive=True):
-        if "RayTrainWorker" in "".join(process.cmdline()):
-            process.kill()
+    signal_all(processes_of("RayTrainWorker", run.children(recursive=True)))
     assert run.wait(HANG_S) == 1
     assert "distcond: failed: worker 0 lost" in (tmp_path / "screen").read_text()
     assert any((folder / "logs" / "ray_session").glob("raylet*"))

@@ -1,5 +1,6 @@
 """metrics.jsonl and its mirror; the wandb here is the real one, offline or before a server that never answers."""
 
+import contextlib
 import json
 import logging
 import math
@@ -96,7 +97,10 @@ print(json.dumps([[child.pid for child in children], times]), flush=True)
         printed = time.monotonic()
         status = run.wait(HANG_S)
         exit_s = time.monotonic() - printed
-        left = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+        left = []
+        for pid in pids:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
+                left.append(psutil.Process(pid))
         return HungRun(times, status, exit_s, wait_for_exit(left, ORPHAN_TIMEOUT_S + 2 * SLACK_S), len(rows_in(folder)))
 
 
