@@ -12,6 +12,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 import distcond
 from distcond.cluster import jobs, kuberay, package, slurm
+from distcond.cluster.signals import STATUS_INTERRUPTED
 from distcond.cluster.sweep import name_sweep, plan
 from distcond.cluster.trainer import name_run
 from distcond.compose import override, save_config, to_yaml
@@ -22,8 +23,6 @@ from distcond.train.run_folder import RunFolder
 
 FORWARDED_VARIABLES = ("WANDB_MODE", "WANDB_BASE_URL", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 "Settings that follow a job. Never a key or token: a job's environment is shown to everyone who sees the dashboard."
-STATUS_INTERRUPTED = 130
-"Exit status after Ctrl-C, as shells have it."
 
 
 def submit(what: Literal["train", "sweep"], config: Config, overrides: list[str], dry_run: bool) -> int:

@@ -3,19 +3,16 @@
 import os
 import shlex
 import shutil
-import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-import psutil
 from rich.console import Console
 
 from distcond.cluster.host import LOOPBACK, data_identity, this_host
@@ -24,6 +21,7 @@ from distcond.cluster.local import preflight, ray_session
 from distcond.cluster.notes import passed_on
 from distcond.cluster.policy import LESS_MEMORY, LOST, OUT_OF_MEMORY, ask_of, culprits, failure_line, threads_per_worker
 from distcond.cluster.progress import Progress, Tail, duration
+from distcond.cluster.signals import counted_signals, end_at_once
 from distcond.compose import load_config, override, save_config, to_dict
 from distcond.config import Config
 from distcond.data import absolute_paths, build_task
@@ -41,10 +39,6 @@ RANKS_TIMEOUT_S = 15.0
 "How long ranks of a killed command, which end 2 s after it, are waited for."
 LOST_RANKS_S = 60.0
 "How much longer than cluster.hang_timeout_s ranks on a lost host, which then end themselves, are waited for."
-STATUS_INTERRUPTED = 130
-"Exit status after a second Ctrl-C, as shells have it."
-ECHO_S = 2.0
-"SIGTERMs this close are one: `timeout` and others signal a command and then its process group, which it is in."
 RESTARTS = "restarts.log"
 "In the folder of logs: a line for the user at each restart of the workers."
 
@@ -195,7 +189,7 @@ def launch(config: Config) -> dict[str, Any]:
         _show_end(console, folder, summary, config.train.max_steps, time.monotonic() - start)
         return summary
     has_ray, num_signals, is_asked = threading.Event(), 0, False
-    with _signals() as count_signals, Progress(console, folder.metrics, config.train.max_steps) as progress:
+    with counted_signals() as count_signals, Progress(console, folder.metrics, config.train.max_steps) as progress:
         run = _in_thread(partial(_run, config, progress.wait_for, progress.note, has_ray))
         restarts = Tail(folder.logs / RESTARTS)
         while not wait([run], POLL_INTERVAL_S).done:
@@ -204,7 +198,9 @@ def launch(config: Config) -> dict[str, Any]:
                 progress.note(line)
             num_signals = count_signals()
             if num_signals > (1 if has_ray.is_set() else 0):
-                _end_at_once(progress)
+                progress.note("Stopped at once.")
+                progress.close()
+                end_at_once()
             if num_signals and not is_asked:
                 is_asked = _ask_to_stop(folder, progress)
     try:
@@ -305,42 +301,3 @@ def _in_thread(task: Callable[[], dict[str, Any]]) -> Future[dict[str, Any]]:
 
     threading.Thread(target=run, name="run", daemon=True).start()
     return future
-
-
-@contextmanager
-def _signals() -> Iterator[Callable[[], int]]:
-    """Catches SIGINT and SIGTERM; yields a function that says how many there were.
-
-    NOTE: it has to be called often, for Ray puts a handler of its own in place once it has started.
-    """
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.getsignal(number) for number in numbers}
-    count, last = 0, {int(number): -ECHO_S for number in numbers}
-
-    def hear(number: int, frame: object) -> None:
-        nonlocal count
-        now = time.monotonic()
-        count += number == signal.SIGINT or now - last[number] >= ECHO_S
-        last[number] = now
-
-    def listen() -> int:
-        for number in numbers:
-            signal.signal(number, hear)
-        return count
-
-    try:
-        listen()
-        yield listen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _end_at_once(progress: Progress) -> NoReturn:
-    """Kill all that this process has started, then the process, which may be inside of Ray and unable to end itself."""
-    progress.note("Stopped at once.")
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    progress.close()
-    os._exit(STATUS_INTERRUPTED)
