@@ -4,8 +4,11 @@ import contextlib
 import io
 import itertools
 import os
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+from distcond.errors import ConfigError
 
 READERS = {
     "evaluate": ["--step", "--against"],
@@ -18,10 +21,18 @@ READERS = {
 "Verbs that read folders -> their flags."
 
 
+def check_asked(argv: Sequence[str]) -> None:
+    """Refuse what Hydra's completion cannot answer. argv: what follows the flag. Raises ConfigError."""
+    if not any(re.fullmatch("(install|uninstall|query)=(bash|zsh|fish)", word) for word in argv):
+        given = " ".join(argv) or "nothing"
+        raise ConfigError(f"-sc was given {given}; needed is install= or uninstall=bash, zsh or fish, e.g. -sc install=bash.")
+
+
 def complete(argv: list[str], verbs: Iterable[str], benches: Iterable[str]) -> int:
     """Print what may follow the line in COMP_LINE; returns the exit status. argv: as Hydra's script calls it."""
     from distcond import compose
 
+    check_asked(argv)
     if not any(word.startswith("query=") for word in argv):
         return compose.hydra_main(["-sc", *argv])
     words = os.environ.get("COMP_LINE", "").split()[1:]

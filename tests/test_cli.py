@@ -76,6 +76,9 @@ def test_verbs_have_their_own_help(capsys: pytest.CaptureFixture[str], verb: str
         ("train --config config.yaml --config-dir x", "config.yaml is run as it is; remove --config-dir"),
         ("train --config config.yaml --cfg job", "config.yaml is resolved already"),
         ("train --config-dir no/such", "--config-dir no/such: no such folder."),
+        ("-sc", "-sc was given nothing; needed is install= or uninstall=bash, zsh or fish, e.g. -sc install=bash."),
+        ("-sc install=tcsh", "-sc was given install=tcsh; needed is install="),
+        ("train -sc model=rnn", "-sc was given model=rnn; needed is install="),
         ("train --experimental-rerun x", "unrecognized arguments: --experimental-rerun"),
         (
             "train data.files=[*.txt] --dry-run",

@@ -258,22 +258,36 @@ def closing_lines(path: Path, summary: Mapping[str, Any], max_steps: int, second
     figure = f"{best['metric']} {best['value']:.4g} at step {best['step']}" if best else "no validation yet"
     again = f"distcond train --config {shlex.quote(f'{shown}/config.yaml')}"
     return [
-        f"run   {shown} (step {step} of {max_steps}, {duration(seconds)})",
+        f"run   {shown} (step {step}{f' of {max_steps}' if step <= max_steps else ''}, {duration(seconds)})",
         f"best  {figure}",
         f"next  {again if summary.get('stopped') else f'distcond evaluate {shlex.quote(shown)}'}",
     ]
 
 
-def _forked(config: Config, console: Console) -> Config:
-    # NOTE: torch, which reads checkpoints, takes 2 s to import; nothing else here needs it.
-    from distcond.train.fork import fork_run
+def check_fork(config: Config) -> str:
+    """Refuse, as RunError, a fork that could not start; a line on where it would. config: from `ready`."""
+    from distcond.train.fork import find_start
 
+    _check_one_start(config)
+    notes: list[str] = []
+    state = find_start(config, notes.append)[1]
+    return "\n".join([*notes, f"fork  {config.run.name} at step {state['step']} goes on as another run"])
+
+
+def _check_one_start(config: Config) -> None:
     old = RunFolder.of(config).config_file
     if config.train.init_from and old.is_file() and load_config(old).train.init_from != config.train.init_from:
         raise RunError(
             f"run.fork=true starts from a checkpoint of run.name={config.run.name}, train.init_from={config.train.init_from} "
             "from another; leave one of them out."
         )
+
+
+def _forked(config: Config, console: Console) -> Config:
+    # NOTE: torch, which reads checkpoints, takes 2 s to import; nothing else here needs it.
+    from distcond.train.fork import fork_run
+
+    _check_one_start(config)
     show = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     forked, step = fork_run(config, show)
     show(f"fork  {config.run.name} at step {step} goes on as run.name={forked.run.name}")

@@ -19,8 +19,22 @@ def fork_run(config: Config, note: Callable[[str], None]) -> tuple[Config, int]:
     """Copy the newest intact checkpoint of config.run.name into the folder of a new run.
 
     Returns the new run's configuration, with its own name, and the step that it starts from. Nothing is shared with the
-    old run, so damage to one spares the other. note: told of newer checkpoints that are damaged. Raises RunError where
-    the old run is still being written, and where there is nothing to start from or nothing to do.
+    old run, so damage to one spares the other. note: told of newer checkpoints that are damaged. Raises as find_start.
+    """
+    parent, (checkpoint, state) = RunFolder.of(config), find_start(config, note)
+    step, folder, target = state["step"], _new_folder(parent.path), config.model.halting.target_steps
+    # The old run's figures, and what it had learnt of a budget it may not have had, were reached with other settings.
+    state |= {"summary": {"forked_from": {"run": parent.path.name, "step": step}}, "validation": None}
+    state["budget"] = state["budget"] or (target and StepBudget(target).state_dict())
+    _copy(checkpoint, folder.checkpoints, state)
+    return replace(config, run=replace(config.run, name=folder.path.name, fork=False)), step
+
+
+def find_start(config: Config, note: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    """The newest intact checkpoint of config.run.name, which a fork of it starts from, and its state.
+
+    note: told of newer checkpoints that are damaged. Raises RunError where the old run is still being written, and where
+    there is nothing to start from or nothing to do.
     """
     parent = RunFolder.of(config)
     check_forks(parent)
@@ -38,12 +52,7 @@ def fork_run(config: Config, note: Callable[[str], None]) -> tuple[Config, int]:
         )
     for why in damaged.values():
         note(passed_over(why, step))
-    folder, target = _new_folder(parent.path), config.model.halting.target_steps
-    # The old run's figures, and what it had learnt of a budget it may not have had, were reached with other settings.
-    state |= {"summary": {"forked_from": {"run": parent.path.name, "step": step}}, "validation": None}
-    state["budget"] = state["budget"] or (target and StepBudget(target).state_dict())
-    _copy(checkpoint, folder.checkpoints, state)
-    return replace(config, run=replace(config.run, name=folder.path.name, fork=False)), step
+    return checkpoint, state
 
 
 def _new_folder(parent: Path) -> RunFolder:

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from distcond.completion import check_asked
 from distcond.config import ClusterName, Config
 from distcond.errors import ConfigError
 from distcond.verbs.parser import Parser, configure_logging
@@ -108,7 +109,9 @@ def _ask_hydra(args: argparse.Namespace, flags: list[str]) -> int:
         raise ConfigError(f"--config {args.config} is resolved already; {flags[0]} shows what is composed without it.")
     if (args.package or args.resolve) and not (args.cfg or args.help):
         raise ConfigError("--package and --resolve go with --cfg, e.g. distcond train --cfg job --package model.")
-    if not args.shell_completion and not args.hydra_help:
+    if args.shell_completion:
+        check_asked(args.overrides)
+    elif not args.hydra_help:
         compose.compose_node(args.overrides, args.config_dir)
     config_dir = ["--config-dir", args.config_dir] if args.config_dir else []
     return compose.hydra_main([*flags, *config_dir, *args.overrides])
@@ -142,7 +145,7 @@ def _dry_run(config: Config) -> int:
 def _check_launch(config: Config) -> str:
     """Refuse what `launch` would refuse before it starts or writes anything; a line on the run that this one starts from."""
     from distcond.cluster.local import preflight
-    from distcond.cluster.trainer import check_same, ready
+    from distcond.cluster.trainer import check_fork, check_same, ready
     from distcond.data import check_files
     from distcond.train.run_folder import RunFolder
 
@@ -152,6 +155,7 @@ def _check_launch(config: Config) -> str:
     folder = RunFolder.of(named)
     check_files(named.data)
     folder.check_writable()
-    if not named.run.fork:
-        check_same(folder, named)
+    if named.run.fork:
+        return check_fork(named)
+    check_same(folder, named)
     return start

@@ -107,6 +107,10 @@ def test_a_fork_is_for_one_run_alone(tmp_path: Path) -> None:
                 "next  distcond train --config 'runs/a b/config.yaml'",
             ],
         ),
+        (
+            {"step": 10, "stopped": False},  # of more than train.max_steps, which was lowered
+            ["run   runs/a b (step 10, 2:05)", "best  no validation yet", "next  distcond evaluate 'runs/a b'"],
+        ),
     ],
 )
 def test_the_last_lines_say_where_how_good_and_what_next(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from distcond.cli import main
 from distcond.compose import save_config
 from distcond.config import Config
 from distcond.errors import ConfigError, RunError
@@ -94,6 +95,23 @@ def test_a_run_without_a_checkpoint_is_told(config: Config, tmp_path: Path) -> N
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(RunError, match="run has no checkpoint to start from; train it to its first one"):
         fork_run(config, print)
+
+
+def test_a_dry_run_of_a_fork_says_where_it_starts_and_refuses_what_the_run_would(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_config(config, tmp_path / "fork.yaml")
+    words, before = ["train", "--dry-run", "--config", str(tmp_path / "fork.yaml")], tree_of(tmp_path)
+    assert main(words) == 0
+    assert capsys.readouterr().out.endswith("\nfork  run at step 4 goes on as another run\n")
+    save_config(changed(config, train__max_steps=4), tmp_path / "fork.yaml")
+    assert main(words) == 2
+    assert "is already at step 4 of train.max_steps=4; raise train.max_steps" in capsys.readouterr().err
+    save_config(config, tmp_path / "fork.yaml")
+    assert tree_of(tmp_path) == before
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert main(words) == 2
+    assert "run has no checkpoint to start from; train it to its first one" in capsys.readouterr().err
 
 
 def test_a_fork_needs_a_name() -> None:
