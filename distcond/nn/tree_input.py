@@ -12,8 +12,10 @@ def as_rows(x: Tensor, in_features: int) -> Tensor:
 
     Raises ValueError for another last dimension, for numbers that are not floating-point, and in autograd's anomaly mode
     (`torch.autograd.detect_anomaly()`) for rows with NaN or infinite numbers. Out of that mode they are counted
-    (`count_nonfinite`): to look would be to wait for a GPU.
+    (`count_nonfinite`): to look would be to wait for a GPU. Raises RuntimeError under `torch.jit.trace`.
     """
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError("a trace would keep the nodes that its example picked for every input; use torch.compile instead")
     if x.shape[-1:] != (in_features,):
         raise ValueError(f"input of shape {tuple(x.shape)}: its last dimension must be in_features={in_features}")
     if not x.is_floating_point():

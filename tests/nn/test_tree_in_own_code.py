@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from distcond.nn import AdaptiveComputation, PonderNet, TreeLinear
+from distcond.nn import AdaptiveComputation, PonderNet, TreeLinear, flatten
 from distcond.optim import RowAdam
 
 
@@ -183,3 +183,11 @@ def test_a_state_may_be_more_exact_than_the_input(kind: type[AdaptiveComputation
     x, state = torch.randn(4, 2), torch.zeros(4, 3, dtype=torch.float64)
     out, stats = ponder(x, state)
     assert out.dtype == stats.remainder.dtype == torch.float64
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
+@pytest.mark.parametrize("is_flat", [False, True])
+def test_a_trace_which_would_keep_the_nodes_of_its_example_is_refused(is_flat: bool) -> None:
+    layer = flatten(make().eval()) if is_flat else make().eval()
+    with pytest.raises(RuntimeError, match=r"a trace would keep the nodes that its example picked .*; use torch.compile instead"):
+        torch.jit.trace(layer, tokens())
