@@ -92,6 +92,13 @@ class ValidationHook:
         """Validate and write a row."""
         if run.step % run.config.train.eval_every and not run.is_complete:
             return
+        with run.meter.paused(run.engine.tables.expert):
+            self._validate(run)
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+    def _validate(self, run: Run) -> None:
         start = time.perf_counter()
         with first_answer(run.learner) as seen:
             sums = validate(run)
@@ -112,10 +119,6 @@ class ValidationHook:
             if trees:
                 self.tracker.log_trees(run.step, trees)
             self.tracker.log(row)
-        run.meter.started += time.perf_counter() - start
-
-    def close(self) -> None:
-        """Nothing to do."""
 
 
 class CheckpointHook:
@@ -129,7 +132,13 @@ class CheckpointHook:
         is_due = run.step % run.config.checkpoint.every == 0 and not run.bad_steps
         if not (is_due or run.writer.retry_is_due or run.is_last):
             return
-        start = time.perf_counter()
+        with run.meter.paused(run.engine.tables.expert):
+            self._save(run)
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+    def _save(self, run: Run) -> None:
         if run.writer.settle(STOP_LIMIT_S if run.stop else LONGEST_WAIT_S):
             self._begin(run)
         elif run.engine.tables.world.rank == 0:
@@ -139,10 +148,6 @@ class CheckpointHook:
         elif run.engine.tables.world.rank == 0:
             with contextlib.suppress(OSError):  # a disk that is full costs no run; at the end it is written for certain
                 write_json(run.folder.summary_file, run.summary)
-        run.meter.started += time.perf_counter() - start
-
-    def close(self) -> None:
-        """Nothing to do."""
 
     def _begin(self, run: Run) -> None:
         run.summary.update(step=run.step, stopped=run.stop and not (run.is_complete and run.is_validated))

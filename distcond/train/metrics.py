@@ -5,7 +5,8 @@ Names are given in the README; every one has a unit or is dimensionless.
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,6 +138,14 @@ class Meter:
     exchange_s: float = 0.0
     "Reading of the collective's clock when the window began."
     started: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def paused(self, expert: Collective) -> Iterator[None]:
+        """What happens inside, exchanges included, takes no time of the window."""
+        start, exchanged_s = time.perf_counter(), expert.elapsed_s
+        yield
+        self.started += time.perf_counter() - start
+        self.exchange_s += expert.elapsed_s - exchanged_s
 
     def performance(self, expert: Collective, tokens: float) -> dict[str, float]:
         """Speed of the window; `tokens` counts positions over all ranks."""

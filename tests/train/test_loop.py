@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from torch import Tensor
 
 from distcond.config import Config
 from distcond.data.batch import Batch
 from distcond.data.batches import LocalFeeder
 from distcond.nn import StepBudget
+from distcond.train.state import Run
 from tests.helpers import changed, folder_of, run_ranks, small_config, train_here, train_run
 
 TRAINING = {
@@ -52,6 +54,27 @@ def test_metrics_are_consistent(text_run: Config) -> None:
         assert 0 <= row["perf/exchange_pct"] <= 100 and 0 <= row["perf/data_wait_pct"] <= 100
         tokens = text_run.data.global_batch_size * text_run.data.context  # of a step
         assert row["perf/tokens_per_s"] == pytest.approx(1e3 * tokens / row["perf/step_ms"])
+
+
+def long_exchanges_in_validation(config: Config, rank: int, size: int) -> LocalFeeder:
+    """A feeder of a run whose validations exchange for a thousand seconds of the collective's clock."""
+    from distcond.train import hooks
+
+    validate = hooks.validate
+
+    def slow(run: Run) -> Tensor | None:
+        run.engine.tables.expert.elapsed_s += 1000.0
+        return validate(run)
+
+    hooks.validate = slow  # type: ignore[assignment]
+    return LocalFeeder(config, rank, size)
+
+
+def test_a_validation_takes_no_time_of_a_window_of_training(tmp_path: Path) -> None:
+    config = small_config(tmp_path, train__max_steps=4, train__log_every=4, train__eval_every=2, checkpoint__every=2)
+    train_run(config, long_exchanges_in_validation)
+    (row,) = (row for row in rows_of(config) if "train/loss" in row)
+    assert 0 <= row["perf/exchange_pct"] <= 100
 
 
 def test_model_learns_and_the_summary_names_its_best_step(text_run: Config) -> None:
