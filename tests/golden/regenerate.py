@@ -41,12 +41,15 @@ def losses_of(name: str) -> list[float]:
 def machine() -> dict[str, str]:
     """What rounding depends on: libraries choose their kernels by the instructions and the model of the processor."""
     described = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    models = [line.partition(": ")[2] for line in described.splitlines() if line.startswith("model name")]
+    # A virtual machine may call processors of several generations by one name.
+    keys = ("vendor_id", "cpu family", "model", "stepping")
+    first = dict(line.split("\t", 1) for line in described.partition("\n\n")[0].splitlines() if "\t" in line)
+    found = [first[key].strip("\t: ") for key in keys if key in first]
     return {
         "torch": torch.__version__.partition("+")[0],
         "numpy": numpy.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu": models[0] if models else platform.machine(),
+        "cpu": " ".join(found) or platform.machine(),
     }
 
 
