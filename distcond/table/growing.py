@@ -108,6 +108,17 @@ class Growing:
         return Growing.of, (self.tensor,)
 
 
+def huge_empty_like(tensor: Tensor) -> Tensor:
+    """Uninitialised memory for a tensor of this shape, contiguous; a large one on a CPU lies in huge pages (HUGE_FROM)."""
+    size = tensor.numel() * tensor.element_size()
+    memory = _reserve(size) if tensor.device.type == "cpu" and size >= HUGE_FROM else None
+    if memory is None:
+        return tensor.new_empty(tensor.shape)
+    with contextlib.suppress(OSError):  # a system without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+
+
 def _reserve(size: int) -> mmap.mmap | None:
     """Zeros that take memory once they are written; None where there is no such thing."""
     if sys.platform != "linux":

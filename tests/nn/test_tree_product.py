@@ -131,6 +131,29 @@ def test_a_gradient_of_the_nodes_alone_counts_as_training(asks: str) -> None:
     assert torch.equal(grads[0], layer.weight.grad) and torch.equal(grads[1], layer.bias.grad)
 
 
+@pytest.mark.parametrize("count", [2, 200])  # some nodes are touched; all are
+def test_gradients_of_one_pass_outlive_the_next(count: int) -> None:
+    layer = random_tree(3, full_depth=1, rank=2).eval()
+
+    def gradients(seed: int) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(layer(tokens(count, seed=seed)).square().sum(), layer.node_parameters())
+
+    first = gradients(1)
+    kept = [grad.clone() for grad in first]
+    second = gradients(2)
+    assert all(map(torch.equal, first, kept)) and not any(map(torch.equal, first, second))
+
+
+def test_gradients_of_touched_nodes_do_not_depend_on_whether_all_are() -> None:
+    layer, rows = random_tree(3, full_depth=1, rank=2).eval(), tokens(200)
+    is_left = layer.leaf(rows)[:, 0] < 4
+    assert len(layer.leaf(rows).unique()) == 8
+    some = torch.autograd.grad(layer(rows[is_left]).square().sum(), layer.node_parameters())
+    every = torch.autograd.grad((is_left[:, None] * layer(rows).square()).sum(), layer.node_parameters())
+    for grad, wanted in zip(some, every, strict=True):
+        torch.testing.assert_close(grad, wanted)
+
+
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
 
 
