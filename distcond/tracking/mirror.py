@@ -26,8 +26,6 @@ FINISH_TIMEOUT_S = 60
 "The longest that a server may take for the last rows of `distcond sync`."
 POLL_S = 0.5
 "Between two looks for new rows."
-ORPHAN_TIMEOUT_S = 5
-"The longest that a mirror outlives the run, in whole seconds."
 GOOD_END = b"end"
 "What the run tells its mirror last, if it can."
 TABLE, MAP, TREE = "val/samples", "val/computation", "val/tree"
@@ -53,7 +51,7 @@ def _follow(task: dict[str, Any], orders: BinaryIO, answers: TextIO) -> None:
 
     def wait_for_end() -> None:
         last_word.append(orders.read())
-        signal.alarm(ORPHAN_TIMEOUT_S)
+        signal.alarm(task["outlives_s"])
         ended.set()
 
     threading.Thread(target=wait_for_end, daemon=True).start()

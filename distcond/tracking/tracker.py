@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 2.0
 "The longest that training waits for the mirror."
+ORPHAN_TIMEOUT_S = 5
+"The longest that the mirror outlives the run, in whole seconds."
 METRICS, SAMPLES, TREES = Path("metrics.jsonl"), Path("eval") / "samples.jsonl", Path("eval") / "trees.jsonl"
 "In a run folder."
 
@@ -40,7 +42,7 @@ class Tracker:
             mode = os.environ.get("WANDB_MODE", mode)
         if mode != "disabled":
             start = self._metrics.file.stat().st_size
-            task = {"what": "follow", "mode": mode, "start": start, **what_of(folder, run)}
+            task = {"what": "follow", "mode": mode, "start": start, "outlives_s": ORPHAN_TIMEOUT_S, **what_of(folder, run)}
             self._mirror = _Mirror(folder, task, note if mode == "online" else log.warning)
 
     def log(self, row: dict[str, float]) -> None:

@@ -4,8 +4,7 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -15,7 +14,7 @@ from distcond.cli import main
 from distcond.cluster.memory import NoMemoryError
 from distcond.redaction import has_password, is_secret, redact
 from distcond.tracking import Tracker, WandbRun
-from tests.cluster.processes import processes_of, signal_all
+from tests.cluster.processes import SLOW_START, is_alive, processes_of, signal_all, wait_until
 from tests.helpers import HANG_S
 
 pytestmark = pytest.mark.thorough
@@ -41,6 +40,11 @@ def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     yield
     found = [file for file in tmp_path.rglob("*") if file.is_file() and WORD.encode() in file.read_bytes()]
     assert not found
+
+
+def wait_for_end(writers: Iterable[psutil.Process]) -> None:
+    """Before their files are searched, of which none may vanish meanwhile or be written later."""
+    wait_until(lambda: not any(map(is_alive, writers)))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +116,10 @@ def test_an_address_from_the_environment_is_shown_without_its_password(
         assert job["runtime_env"]["env_vars"]["WANDB_BASE_URL"] == "http://127.0.0.1:9"
 
 
-def test_a_batch_script_and_its_configuration_hold_no_secret(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_batch_script_and_its_configuration_hold_no_secret(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["submit", "train", "cluster=slurm", "run.name=a"]) == 2  # no sbatch here: both are left for it
     assert (tmp_path / "runs/a/submit.sbatch").is_file() and (tmp_path / "runs/a/submit.yaml").is_file()
     assert WORD not in "".join(capsys.readouterr())
@@ -138,14 +145,21 @@ def test_the_mirror_keeps_no_secret(mode: str, tmp_path: Path) -> None:
     subprocess.run(["git", "init", "-q", "."], check=True)
     subprocess.run(["git", "remote", "add", "origin", f"https://joe:{WORD}@host/x.git"], check=True)
     (tmp_path / "run").mkdir()
+    others = set(psutil.Process().children(recursive=True))
+    own: set[psutil.Process] = set()
     tracker = Tracker(tmp_path / "run", WandbRun("id", "name", "project", "", [], {}), mode, 0)
     tracker.log({"step": 1, "loss": 1.0})
     log = tmp_path / "run" / "logs" / "wandb.log"
-    deadline = time.monotonic() + HANG_S
-    while mode == "auto" and "credentials for http://127.0.0.1:9 from" not in log.read_text():
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.1)
+
+    def is_up() -> bool:
+        own.update(set(psutil.Process().children(recursive=True)) - others)
+        has_key = "credentials for http://127.0.0.1:9 from" in log.read_text()
+        has_begun = has_key if mode == "auto" else any(tmp_path.glob("run/wandb/offline-run-*/*.wandb"))
+        return has_begun and len(own) >= 2  # the mirror and wandb's service
+
+    wait_until(is_up)
     tracker.close()
+    wait_for_end(own)
     subprocess.run(["git", "remote", "remove", "origin"], check=True)
 
 
@@ -161,14 +175,24 @@ def test_a_run_that_fails_keeps_no_secret(tmp_path: Path) -> None:
         "train.log_every=1",
         "checkpoint.every=2",
     ]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"WANDB_MODE": "offline"}
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= SLOW_START | {"WANDB_MODE": "offline"}
     with (tmp_path / "screen").open("w") as screen:
         command = [sys.executable, "-m", "distcond", "train", *words]
         run = psutil.Popen(command, env=environment, stdout=screen, stderr=screen)
-    folder = tmp_path / "runs" / "a"
-    while run.poll() is None and not ((folder / "checkpoints" / "latest").exists() and (folder / "wandb").exists()):
-        time.sleep(0.1)
-    signal_all(processes_of("RayTrainWorker", run.children(recursive=True)))
-    assert run.wait(HANG_S) == 1
+    folder, started = tmp_path / "runs" / "a", {run}
+
+    def is_writing() -> bool:
+        assert run.poll() is None, (tmp_path / "screen").read_text()
+        started.update(run.children(recursive=True))
+        return (folder / "checkpoints" / "latest").exists() and any(folder.glob("wandb/offline-run-*/*.wandb"))
+
+    try:
+        wait_until(is_writing)
+        signal_all(wait_until(lambda: processes_of("RayTrainWorker", run.children(recursive=True))))
+        assert run.wait(HANG_S) == 1
+        wait_for_end(started)
+    finally:
+        signal_all(started)
     assert "distcond: failed: worker 0 lost" in (tmp_path / "screen").read_text()
     assert any((folder / "logs" / "ray_session").glob("raylet*"))

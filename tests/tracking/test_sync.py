@@ -14,6 +14,7 @@ from distcond.compose import save_config
 from distcond.config import Config
 from distcond.tracking import Tracker, WandbRun
 from distcond.train.run_folder import RunFolder
+from tests.cluster.processes import wait_until
 from tests.helpers import changed
 from tests.tracking.server import WandbServer, clean_environment, wandb_server
 
@@ -117,14 +118,12 @@ def test_a_run_that_trains_offline_can_be_sent_and_one_that_sends_itself_is_left
     folder = make_run(tmp_path / "first", range(1, 4))
     run = WandbRun("some-id", "name", "project", "", [], {})
     tracker = Tracker(folder, run, "offline", resume_step=3)
-    while not list(folder.glob("wandb/offline-run-*/*.wandb")):
-        time.sleep(0.05)
+    wait_until(lambda: list(folder.glob("wandb/offline-run-*/*.wandb")))
     assert main(["sync", str(folder)]) == 0
     assert f"{folder}: 3 rows sent" in capsys.readouterr().out
     tracker.close()
     tracker = Tracker(folder, run, "auto", resume_step=3)
-    while "some-id" not in server.runs:
-        time.sleep(0.05)
+    wait_until(lambda: "some-id" in server.runs)
     make_run(folder, range(4, 6))
     assert main(["sync", str(folder)]) == 0
     assert capsys.readouterr().out == f"{folder}: is being sent already\n"
