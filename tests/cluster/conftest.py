@@ -1,3 +1,4 @@
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,16 @@ from distcond.cluster.local import ray_session
 from distcond.cluster.policy import Room
 from distcond.cluster.trainer import fit, prepare_run
 from distcond.config import ClusterConfig
-from tests.cluster.processes import faulty_config
+from tests.cluster.processes import SLOW_START, end_commands, faulty_config
+
+os.environ.update(SLOW_START)  # before Ray is imported
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Whatever becomes of a test, the commands that it has begun do not run beside the next one."""
+    yield
+    end_commands()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import psutil
@@ -24,7 +24,7 @@ from tests.helpers import sealers_below, small_config
 TIMEOUT_S = 240.0
 "Longer than anything here takes on two busy cores; what takes longer hangs."
 
-SLOW_START = {"RAY_raylet_start_wait_time_s": "120"}
+SLOW_START = {"RAY_raylet_start_wait_time_s": "120", "RAY_gcs_server_port_wait_time_s": "120"}
 "Environment of a Ray that starts on busy cores; Ray's own patience is 30 s."
 
 
@@ -34,6 +34,16 @@ def wait_until(happens: Callable[[], Any], timeout_s: float = TIMEOUT_S, poll_s:
         assert time.monotonic() < end, "this hangs"
         time.sleep(poll_s)
     return found
+
+
+def within(limit_s: float, work: Callable[[], Any]) -> Any:
+    """The result of work that takes so long at most, in the best of three attempts: the first may find files out of memory."""
+    for _ in range(3):
+        start = time.monotonic()
+        result = work()
+        if time.monotonic() - start < limit_s:
+            return result
+    raise AssertionError(f"this takes {limit_s:g} s or more")
 
 
 def read_rows(folder: Path) -> list[dict[str, float]]:
@@ -49,8 +59,8 @@ def crowded(config: Config) -> Config:
     return replace(config, cluster=replace(config.cluster, cpus_per_worker=0.1))
 
 
-NUM_STEPS, EVERY = 80, 10
-"Of the run that nothing happens to, and of those that end as it does."
+NUM_STEPS, EVERY = 200, 10
+"Of the run that nothing happens to, and of those that end as it does: long enough to be struck before its end."
 
 
 def faulty_config(folder: Path, **changes: Any) -> Config:
@@ -117,6 +127,8 @@ def signal_all(processes: Iterable[psutil.Process], number: int = signal.SIGKILL
 class Command:
     """`distcond train` as a process of its own, in a group of its own as a terminal would start it."""
 
+    begun: ClassVar[list["Command"]] = []
+
     def __init__(self, folder: Path, *words: str, before: Sequence[str] = (), **environment: str) -> None:
         self.folder = folder
         self.process = psutil.Popen(
@@ -130,7 +142,8 @@ class Command:
         )
         self.lines: list[str] = []
         self.started: set[psutil.Process] = set()
-        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout))
+        self.begun.append(self)
+        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout), daemon=True)
         self._reader.start()
 
     def says(self, text: str) -> bool:
@@ -154,6 +167,14 @@ class Command:
         for alive in (lambda: any(map(is_alive, self.started)), lambda: sealers_below(self.folder)):
             wait_until(lambda alive=alive: not alive(), timeout_s=left_s - (time.monotonic() - end))
         return status, errors
+
+
+def end_commands() -> None:
+    """End what a test has left when it failed."""
+    while Command.begun:
+        command = Command.begun.pop()
+        if command.process.poll() is None:
+            signal_all([command.process, *command.process.children(recursive=True), *sealers_below(command.folder)])
 
 
 def is_alive(process: psutil.Process) -> bool:

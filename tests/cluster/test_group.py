@@ -36,7 +36,7 @@ def make_job(folder: Path, **changes: Any) -> Job:
         "join": lambda address, port, store: None,
         "ask": Ask(2, 1, 0),
         "max_failures": 3,
-        "hang_timeout_s": HANG_TIMEOUT_S,
+        "hang_timeout_s": 60.0,
         "wait_for_ranks": lambda: None,
         "logs": folder,
         "started_file": folder / "started",
@@ -68,16 +68,16 @@ def test_a_frozen_worker_is_found_in_time_and_replaced(tmp_path: Path) -> None:
     def freeze_one() -> None:
         first = wait_until(lambda: (found := workers_of(tmp_path)) and len(found) == 2 and found)
         frozen = first.pop()
-        frozen.suspend()
         start = time.monotonic()
+        frozen.suspend()
         wait_until(lambda: (tmp_path / "restarts").exists())
-        assert HANG_TIMEOUT_S <= time.monotonic() - start < HANG_TIMEOUT_S + 10
+        assert HANG_TIMEOUT_S - 0.5 < time.monotonic() - start < HANG_TIMEOUT_S + 10  # from when it was last asked
         wait_until(lambda: len(workers_of(tmp_path) - first - {frozen}) == 2)
         assert time.monotonic() - start < HANG_TIMEOUT_S + 30
-        assert not is_alive(frozen)
+        wait_until(lambda: not is_alive(frozen), timeout_s=5)
         (tmp_path / "finish").touch()
 
-    assert run_job(make_job(tmp_path), freeze_one).summary == {"step": 7}
+    assert run_job(make_job(tmp_path, hang_timeout_s=HANG_TIMEOUT_S), freeze_one).summary == {"step": 7}
     line = (tmp_path / "restarts").read_text()
     assert line in {f"Restarting: worker {rank} did not answer (failure 1 of 3 allowed).\n" for rank in (0, 1)}
 
@@ -95,7 +95,7 @@ def test_a_worker_that_is_gone_before_training_begins_gives_its_cores_back(numbe
         os.kill(os.getpid(), number)
 
     start = time.monotonic()
-    assert run_job(make_job(tmp_path, join=join), lambda: None).summary == {"step": 7}
+    assert run_job(make_job(tmp_path, join=join, hang_timeout_s=HANG_TIMEOUT_S), lambda: None).summary == {"step": 7}
     assert time.monotonic() - start < HANG_TIMEOUT_S + 40
     assert "the workers could not be started (failure 1 of 3 allowed)" in (tmp_path / "restarts").read_text()
 
@@ -142,8 +142,11 @@ def test_a_worker_that_the_kernel_ends_for_want_of_memory_is_told_so(tmp_path: P
         (limited / "cgroup.procs").write_text(str(os.getpid()))
         return {"bytes": len(b"a" * 10**9)}
 
-    outcome = run_job(make_job(tmp_path, train=train, hang_timeout_s=60.0), lambda: None)
-    limited.rmdir()
-    assert "ran out of memory: the kernel ended a process of its machine" in set(outcome.failures.values()).pop()
+    try:
+        outcome = run_job(make_job(tmp_path, train=train), lambda: None)
+    finally:
+        wait_until(lambda: not (limited / "cgroup.procs").read_text())
+        limited.rmdir()
+    assert any("ran out of memory: the kernel ended a process of its machine" in line for line in outcome.failures.values())
     [line] = (tmp_path / "restarts").read_text().splitlines()  # not tried for ever
     assert "ran out of memory: the kernel ended a process of its machine; lower data.global_batch_size" in line

@@ -44,12 +44,11 @@ def test_an_address_that_is_no_dashboard_is_refused(address: str, environment: d
 
 
 def test_an_address_where_nobody_answers_is_refused_at_once() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     started = time.monotonic()
-    with pytest.raises(ClusterError, match=r"No Ray cluster answers at http://127.0.0.1:\d+ .*refused"):
-        jobs.connect(f"http://127.0.0.1:{port}")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # but does not listen
+        with pytest.raises(ClusterError, match=r"No Ray cluster answers at http://127.0.0.1:\d+ .*refused"):
+            jobs.connect(f"http://127.0.0.1:{unused.getsockname()[1]}")
     assert time.monotonic() - started < 10
 
 

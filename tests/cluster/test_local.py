@@ -94,7 +94,7 @@ def test_the_token_is_made_once_whole_and_for_its_owner_alone(tmp_path: Path, mo
 def test_every_port_of_a_local_ray_is_bound_to_loopback(shared_ray: Room) -> None:
     sockets = {}
     for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):  # a worker of an earlier test that ends
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # a worker of an earlier test that ends
             sockets[process.pid, process.name()] = process.net_connections("inet")
     assert {"gcs_server", "raylet"} <= {name for _, name in sockets}
     bound = {

@@ -1,6 +1,7 @@
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from distcond.cluster.submit import submit
 from distcond.compose import compose, load_config, override
 from distcond.config import Config
 from distcond.errors import ClusterError, ConfigError
-from tests.cluster.processes import SLOW_START, TIMEOUT_S, signal_all, wait_until
+from tests.cluster.processes import SLOW_START, TIMEOUT_S, is_alive, signal_all, wait_until
 
 BIN = Path(sys.executable).parent
 TOKEN = "0123456789abcdef" * 4
@@ -136,7 +137,7 @@ class Cluster:
 def cluster() -> Iterator[Cluster]:
     """A Ray of our own on loopback, with a token, ports and a folder that nobody else uses."""
     names = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port", "metrics-export-port")
-    ports = {name: _free_port() for name in names}
+    ports = dict(zip(names, _free_ports(len(names)), strict=True))
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
             **SLOW_START,
@@ -153,7 +154,7 @@ def cluster() -> Iterator[Cluster]:
             head = subprocess.Popen(command, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
         try:
             address = f"http://127.0.0.1:{ports['dashboard-port']}"
-            _wait_for(lambda: _answers(address), head, log)
+            _wait_for(lambda: "Ray runtime started." in log.read_text() and _answers(address), head, log)
             yield Cluster(address, environment)
         finally:
             _stop(head)
@@ -216,7 +217,8 @@ class Proxy:
 @pytest.mark.ray
 def test_a_log_whose_connection_is_cut_arrives_once_and_whole(cluster: Cluster, tmp_path: Path) -> None:
     proxy = Proxy(int(cluster.address.rpartition(":")[2]))
-    job = "for i in $(seq 60); do echo line $i; sleep 0.1; done"
+    is_cut = tmp_path / "cut"  # the job outlives the cuts
+    job = f"for i in $(seq 60); do echo line $i; sleep 0.1; [ $i != 45 ] || until [ -e {is_cut} ]; do sleep 0.1; done; done"
     lines = []
     with contextlib.closing(proxy), cluster.start("-c", SEND, proxy.address, job, _package(tmp_path)) as following:
         assert following.stdout is not None and following.stderr is not None
@@ -224,6 +226,8 @@ def test_a_log_whose_connection_is_cut_arrives_once_and_whole(cluster: Cluster, 
             lines.append(line)
             if line in {"line 10\n", "line 30\n", "line 40\n"}:
                 wait_until(proxy.cut)  # these lines may have come in one piece, after which nothing is connected yet
+            if line == "line 40\n":
+                is_cut.touch()
         assert following.wait(TIMEOUT_S) == 0
         assert following.stderr.read() == ""
     assert [line for line in lines if line.startswith("line ")] == [f"line {number}\n" for number in range(1, 61)]
@@ -290,10 +294,17 @@ def _package(folder: Path) -> str:
     return str(folder / "package.zip")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _free_ports(count: int) -> list[int]:
+    """Free ports that the system gives to nobody who does not name them, as Ray's own processes do not."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    found: list[int] = []
+    for port in random.sample(range(first // 2, first), first // 2):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            break
+    return found
 
 
 def _answers(address: str) -> bool:
@@ -317,8 +328,8 @@ def _wait_for(condition: Callable[[], bool], head: "subprocess.Popen[bytes]", lo
 
 def _stop(head: "subprocess.Popen[bytes]") -> None:
     """End exactly the processes of this head: `ray stop` would end everyone's."""
-    processes = psutil.Process(head.pid).children(recursive=True)
+    processes = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
     head.terminate()  # Ray then ends its own
     head.wait(TIMEOUT_S)
     signal_all(processes)
-    assert psutil.wait_procs(processes, timeout=10)[1] == []
+    wait_until(lambda: not any(map(is_alive, processes)), timeout_s=10)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.processes import wait_until
+from tests.cluster.processes import SLOW_START, wait_until
 from tests.hosts.hosts import Host, Switch, missing
 
 TOKEN = "0123456789abcdef" * 4
@@ -20,6 +20,7 @@ ENVIRONMENT = {
     "RAY_AUTH_TOKEN": TOKEN,
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_NUM_THREADS": "1",
+    **SLOW_START,
     # A node that does not answer for 10 s is given up (Ray: after a minute).
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
@@ -67,7 +68,7 @@ class Cluster:
             assert ray.poll() is None, log.read_text()
             return "Ray runtime started." in log.read_text()
 
-        wait_until(is_up, timeout_s=60)
+        wait_until(is_up)
 
 
 @pytest.fixture(scope="session")

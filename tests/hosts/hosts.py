@@ -15,6 +15,8 @@ from typing import IO, Any
 
 import psutil
 
+from tests.cluster.processes import TIMEOUT_S
+
 FIRST_PROCESS = "import signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); print(flush=True); sys.stdin.read()"
 "Reaps the orphans of its host, and ends, with all of its host, when its standard input does."
 NETWORK = "10.77.0"
@@ -114,7 +116,7 @@ class Host(Namespaces):
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
         return subprocess.Popen(command, env=self._environment | environment, **streams)
 
-    def run(self, *words: str, timeout_s: float = 120.0, **environment: str) -> "subprocess.CompletedProcess[str]":
+    def run(self, *words: str, timeout_s: float = TIMEOUT_S, **environment: str) -> "subprocess.CompletedProcess[str]":
         """The same, until it ends."""
         command = self.command("env", f"--chdir={self._own}", *words)
         environment = self._environment | environment

@@ -13,7 +13,7 @@ import pytest
 
 from distcond.command_line import overrides_of
 from distcond.config import Config
-from tests.cluster.processes import assert_same_end, last_step, processes_of, tensors_of, wait_until
+from tests.cluster.processes import TIMEOUT_S, assert_same_end, last_step, processes_of, tensors_of, wait_until
 from tests.helpers import changed, text_config, train_run
 from tests.hosts.conftest import Cluster
 from tests.hosts.hosts import Host
@@ -111,7 +111,7 @@ def test_who_has_another_token_or_is_no_node_is_refused_in_a_line(cluster: Clust
 def test_a_run_folder_that_is_not_shared_is_told_before_training(cluster: Cluster, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with training(cluster, text_on(cluster.shared, run__dir=str(cluster.own / "runs")), log) as process:
-        assert process.wait(120) == 2
+        assert process.wait(TIMEOUT_S) == 2
     line = (
         rf"distcond: error: run\.dir={cluster.own}/runs is not on storage that all hosts share: {name(cluster.node)} does not "
         rf"see what {name(cluster.head)} has written there; set run\.dir to a folder that every host of the cluster mounts\."
@@ -135,7 +135,7 @@ def test_a_host_without_the_data_of_the_others_is_named(has_other: bool, cluster
         cluster.node.do("cp", f"{own}/1.txt", f"{own}/2.txt")
     log = tmp_path / "log"
     with training(cluster, config, log) as process:
-        assert process.wait(120) == 2
+        assert process.wait(TIMEOUT_S) == 2
     what = (
         rf"has other data=text than {name(cluster.head)}; put them on storage that all hosts share, or the same on each of them\."
         if has_other
@@ -181,7 +181,7 @@ def test_a_host_that_loses_its_power_is_waited_for(long_run: Config, cluster: Cl
         times.append(time.monotonic())
         wait_until(lambda: reaches(run, step + 1, process, log))
         times.append(time.monotonic())
-        assert process.wait(120) == 0, log.read_text()
+        assert process.wait(TIMEOUT_S) == 0, log.read_text()
     told(times, "noticed", "back", "further than before")
     assert_same_end(run, end)
 
@@ -216,7 +216,7 @@ def test_a_link_that_is_cut_costs_a_moment_or_a_restart_on_other_hosts(
         times.append(time.monotonic())
         assert cut.name not in hosts_of(run)
         cluster.switch.set_link(cut, "up")
-        assert process.wait(120) == 0, log.read_text()
+        assert process.wait(TIMEOUT_S) == 0, log.read_text()
     told(times, "noticed", "isolated rank ended", "further than before")
     assert_same_end(run, end)
     cut.end()
