@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: tensors are small here, and ranks share cores
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when `datasets` is imported; asking a hub that is out of reach takes 20 s
+for name in ("RAY_ADDRESS", "FORCE_COLOR", "TTY_COMPATIBLE", "DISTCOND_LOG"):  # they change what commands do and print
+    os.environ.pop(name, None)
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # or a proxy would be asked for servers on this machine
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup; the commands under test would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

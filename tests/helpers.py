@@ -92,7 +92,9 @@ def _run_rank(work: Callable[..., Any], rank: int, world_size: int, folder: Path
             dist.barrier()
     except BaseException:  # noqa: BLE001 - becomes the test's message
         answer = (False, traceback.format_exc())
-    (folder / f"rank_{rank}").write_bytes(pickle.dumps(answer))
+    written = folder / f"rank_{rank}.tmp"
+    written.write_bytes(pickle.dumps(answer))
+    written.replace(folder / f"rank_{rank}")  # in one move, for it may be killed meanwhile
     os._exit(not answer[0])  # DeepSpeed's exit handlers would wait on process groups that are gone
 
 

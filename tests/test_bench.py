@@ -21,7 +21,7 @@ from distcond.bench.large import CHUNK, QUICK_NUMBERS, bench_large
 from distcond.bench.report import Row
 from distcond.bench.rivals import against
 from distcond.bench.rivals.layers import DEEPSPEED_MOE
-from distcond.bench.timing import Machine, Place, time_beside_limits, time_in_turn
+from distcond.bench.timing import Machine, Place, Timing, time_beside_limits, time_in_turn
 from distcond.bench.tree import RIVALS, Case, parts_of, prepared_layer, work_of
 from distcond.nn import TreeLinear
 from distcond.table import NodeTable, SubtreePlan
@@ -37,17 +37,19 @@ def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "COPY_NUMBERS", 2**22)
 
 
-def test_functions_take_turns_and_the_first_call_does_not_count() -> None:
+def test_functions_take_turns_and_the_first_call_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
+    clock_s = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: clock_s)
 
-    def first() -> None:
-        time.sleep(0.05 if not calls else 0.004)
-        calls.append("first")
+    def called(name: str, first_s: float, later_s: float) -> None:
+        nonlocal clock_s
+        clock_s += later_s if name in calls else first_s
+        calls.append(name)
 
-    times = time_in_turn({"first": first, "second": lambda: calls.append("second")}, repeats=5)
+    functions = {"first": lambda: called("first", 8.0, 0.5), "second": lambda: called("second", 4.0, 0.25)}
+    assert time_in_turn(functions, repeats=5) == {"first": Timing(500, 500, 500), "second": Timing(250, 250, 250)}
     assert calls == ["first", "second"] * 6
-    assert 4 <= times["first"].low <= times["first"].median <= times["first"].high < 50
-    assert times["second"].median < times["first"].median
 
 
 def test_a_floor_is_the_larger_of_arithmetic_and_traffic() -> None:

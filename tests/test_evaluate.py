@@ -41,6 +41,14 @@ def quicker(last_result: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.fixture(scope="module")
+def text_run(text_run: Config, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A copy: an evaluation leaves its result in the folder of the run."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    shutil.copytree(path_of(text_run), folder / text_run.run.name)
+    return changed(text_run, run__dir=str(folder))  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
 def last_result(text_run: Config) -> dict[str, Any]:
     return evaluate(path_of(text_run))
 

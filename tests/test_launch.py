@@ -10,6 +10,7 @@ import pytest
 from distcond.cluster import slurm
 from distcond.config import ClusterConfig, Config
 from distcond.errors import ClusterError, ConfigError
+from tests.helpers import HANG_S
 
 BIN = Path(sys.executable).parent
 
@@ -64,7 +65,7 @@ def test_values_that_slurm_cannot_take_are_refused(cluster: ClusterConfig, folde
 
 
 def test_a_finished_run_is_success(job: "FakeJob") -> None:
-    assert job.start('touch "$RESULT"').wait(20) == 0
+    assert job.start('touch "$RESULT"').wait(HANG_S) == 0
     called = job.calls()
     assert called[0].startswith("ray symmetric-run --address node7:6379 --min-nodes 2 --num-cpus=1 --num-gpus=0")
     assert called[0].endswith(f"-- env RAY_ADDRESS=node7:6379 python -u -m distcond train --config {job.folder}/submit.yaml")
@@ -72,13 +73,13 @@ def test_a_finished_run_is_success(job: "FakeJob") -> None:
 
 
 def test_the_exit_status_of_a_failed_run_is_passed_on(job: "FakeJob") -> None:
-    assert job.start('touch "$RESULT"; exit 7').wait(20) == 7
+    assert job.start('touch "$RESULT"; exit 7').wait(HANG_S) == 7
 
 
 def test_a_ray_that_did_not_start_is_failure_though_it_exits_0(job: "FakeJob") -> None:
     job.result.touch()
     time.sleep(0.05)
-    assert job.start("true").wait(20) == 1
+    assert job.start("true").wait(HANG_S) == 1
 
 
 @pytest.mark.thorough
@@ -86,7 +87,7 @@ def test_out_of_time_saves_and_queues_the_job_again(job: "FakeJob") -> None:
     process = job.start('until [[ -e "$STOP" ]]; do sleep 0.05; done; sleep 0.3; touch "$RESULT"; exit 130')
     _wait_for(lambda: len(job.calls()) == 2)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
+    assert process.wait(HANG_S) == 0
     assert job.calls()[2:] == ["scontrol requeue 42"]
 
 
@@ -102,7 +103,7 @@ def test_out_of_time_without_a_saved_run_does_not_queue_again(end: str, status: 
     process = job.start(f'until [[ -e "$STOP" ]]; do sleep 0.05; done; {end}')
     _wait_for(lambda: len(job.calls()) == 2)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == status
+    assert process.wait(HANG_S) == status
     assert len(job.calls()) == 2
 
 
@@ -144,8 +145,8 @@ class FakeJob:
 
     def start(self, run: str) -> subprocess.Popen[bytes]:
         """Start the script; `run` is bash that stands for the whole of Ray and the run."""
-        body = f'echo "ray $*" >> {self._calls}; echo "token ${{#RAY_AUTH_TOKEN}}" >> {self._calls}\n{run}'
-        _executable(self._bin / "ray", body)
+        body = f'echo "ray $*" >> {self._calls}; echo "token ${{#RAY_AUTH_TOKEN}}" >> {self._calls}\nsleep 0.05\n{run}'
+        _executable(self._bin / "ray", body)  # sleeps, for time stamps of files have ticks of up to 10 ms
         text = slurm.render("train", Config(cluster=CONFIGS["cpu"]), self.folder)
         # The script puts the submitting environment first, and with it the real `ray`; here the stubs are first.
         line = f"export PATH={BIN}:"
@@ -182,7 +183,7 @@ def _executable(file: Path, body: str) -> None:
 
 
 def _wait_for(condition) -> None:  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HANG_S
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -15,6 +15,7 @@ from distcond.cluster import kuberay
 from distcond.compose import load_config
 from distcond.config import ClusterConfig, ClusterName, Config
 from distcond.errors import ClusterError, ConfigError
+from tests.helpers import HANG_S
 
 BIN = Path(sys.executable).parent
 CPU = ClusterConfig(name=ClusterName.kuberay, num_workers=2, storage_claim="runs")
@@ -162,9 +163,13 @@ def test_a_head_that_has_to_go_has_the_run_saved_first(tmp_path: Path) -> None:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         process = subprocess.Popen(["sh", str(script)])
-        time.sleep(1.5)
-        assert (folder / "stop").exists() and process.poll() is None
-    assert process.wait(5) == 0
+        end = time.monotonic() + HANG_S
+        while not (folder / "stop").exists():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        time.sleep(0.5)
+        assert process.poll() is None
+    assert process.wait(HANG_S) == 0
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from distcond.optim import RowAdam
 from distcond.optim.sharded import ShardedRows
 from distcond.table import Collective
+from tests.helpers import HANG_S
 
-TIMEOUT_S = 20.0
 _turn = threading.Lock()
 "Held by the rank that computes: threads that take the interpreter from each other cost a third more processor time."
 
@@ -21,7 +21,7 @@ class ThreadGroup:
     """The functions of torch.distributed that `Collective` uses, among `size` threads."""
 
     def __init__(self, size: int) -> None:
-        self._barrier = threading.Barrier(size, timeout=TIMEOUT_S)
+        self._barrier = threading.Barrier(size, timeout=HANG_S)
         self._given: list[Any] = [None] * size
         self._me = threading.local()
 
@@ -86,7 +86,7 @@ def run_threads(work: Callable[[int], Any], groups: Sequence[ThreadGroup], size:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(2 * TIMEOUT_S)
+        thread.join(2 * HANG_S)
     if failures:
         raise failures[0]
     assert not any(thread.is_alive() for thread in threads)

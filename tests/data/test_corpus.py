@@ -15,6 +15,7 @@ import pytest
 from distcond.data.corpus import Corpus, Run, Source, in_turn, open_corpus, verify
 from distcond.data.shard import Chunk, Item, Shard
 from distcond.errors import DataError
+from tests.helpers import HANG_S
 
 CHUNKS = [
     Chunk("train", "a", b"one ", 1),
@@ -141,7 +142,7 @@ def test_an_empty_split_opens(tmp_path: Path) -> None:
 
 def test_many_may_prepare_at_once(tmp_path: Path) -> None:
     """All of them are in the middle of writing before the first one finishes."""
-    everyone = threading.Barrier(6, timeout=20)
+    everyone = threading.Barrier(6, timeout=HANG_S)
 
     def together() -> Iterator[Chunk]:
         yield CHUNKS[0]

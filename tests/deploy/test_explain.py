@@ -24,6 +24,8 @@ from tests.trees import random_tree, tokens
 
 # fp32 outputs of size 1 beside sums in fp64; the figure.
 EXACT = {"rtol": 0, "atol": 1e-5}
+# Rows of one batch that were computed alike: not every BLAS sums each in the same order. A flip changes them by over 1e-3.
+SAME = {"rtol": 0, "atol": 1e-6}
 LOW: dict[str, Any] = {"full_depth": 1, "rank": 2}
 
 
@@ -102,8 +104,9 @@ def test_a_flip_at_a_later_step_leaves_the_steps_before_it() -> None:
     layer, sequence = tree_of(model), inputs_for(TEXT)[0][0]
     same, other = run_changed(model.body, layer, sequence, 9, [Change(), Change(Flip(3, 0, 1))])
     for step in (0, 1):
-        assert torch.equal(same.outputs[step], other.outputs[step])
-    assert torch.equal(same.inputs[2], other.inputs[2]) and not torch.equal(same.outputs[2], other.outputs[2])
+        torch.testing.assert_close(same.outputs[step], other.outputs[step], **SAME)
+    torch.testing.assert_close(same.inputs[2], other.inputs[2], **SAME)
+    assert not torch.equal(same.outputs[2], other.outputs[2])
     assert not torch.equal(same.inputs[3], other.inputs[3])
 
 
@@ -116,7 +119,8 @@ def test_a_change_at_one_position_changes_none_before_it() -> None:
     handle.remove()
     same, flipped, forced = seen[0]
     for other in (flipped, forced):
-        assert torch.equal(same[:5], other[:5]) and not torch.equal(same[5], other[5])
+        torch.testing.assert_close(same[:5], other[:5], **SAME)
+        assert not torch.equal(same[5], other[5])
 
 
 def _one_step_models(halting: str) -> list[tuple[Any, Tensor, int]]:
@@ -291,7 +295,7 @@ def test_tables_and_json(capsys: pytest.CaptureFixture[str], run: str, tmp_path:
     assert "shares sum to 1.000000" in out and "with one bit flipped" in out and "(own)" in out
     assert found["target"] == "e" and found["stability"]["depth"] == 3 and len(found["stability"]["pairs"]) == 3
     assert all(pair["adjusted_rand_per_level"] == [1.0, 1.0, 1.0] for pair in found["stability"]["pairs"])
-    assert max(map(len, out.splitlines())) < 130
+    assert max(len(line) for line in out.splitlines() if str(tmp_path.parent) not in line) < 130  # but for those with names
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import pickle
 import re
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -70,22 +69,25 @@ def test_what_outgrows_its_place_moves_with_its_rows(monkeypatch: pytest.MonkeyP
 
 
 def test_memory_of_rows_that_went_is_given_back() -> None:
-    process, rows = psutil.Process(), Growing((2**10,), torch.float32)
+    rows = Growing((2**10,), torch.float32)
     rows.resize(2**13)
     rows.tensor.fill_(1.0)
-    before = process.memory_info().rss
+    before = resident_bytes(rows.tensor.data_ptr(), 2**25)
     rows.resize(3)
-    assert before - process.memory_info().rss > 0.9 * 2**25 and bool((rows.tensor == 1.0).all())
+    assert before - resident_bytes(rows.tensor.data_ptr(), 2**25) > 0.9 * 2**25 and bool((rows.tensor == 1.0).all())
 
 
 def test_memory_is_taken_by_rows_that_are_written() -> None:
-    process, width = psutil.Process(), 2**10
+    width = 2**10
     rows = Growing((width,), torch.float32)
-    before = process.memory_info().rss
+    rows.resize(1)
+    place = rows.tensor.data_ptr(), 2**14 * 4 * width
+    before = resident_bytes(*place)
     for size in range(2**10, 2**14 + 1, 2**10):
         rows.resize(size)
         rows.tensor[-(2**10) :] = 1.0
-    taken = process.memory_info().rss - before
+    assert rows.tensor.data_ptr() == place[0]
+    taken = resident_bytes(*place) - before
     assert 0.9 * rows.tensor.nbytes < taken < 1.1 * rows.tensor.nbytes
 
 
@@ -100,12 +102,40 @@ def test_only_large_tensors_lie_in_huge_pages() -> None:
     ]
 
 
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs huge pages")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_large_room_lies_in_huge_pages_and_it_goes_with_its_tensor(dtype: torch.dtype) -> None:
+    row = torch.empty(2**10, dtype=dtype)
+    fits = growing.HUGE_FROM // row.nbytes
+    small, large = (growing.huge_empty_like(row.expand(count, -1).t()) for count in (fits - 1, fits))
+    assert (small.shape, large.shape, large.dtype) == ((2**10, fits - 1), (2**10, fits), dtype) and large.is_contiguous()
+    assert [are_pages_huge(large.data_ptr()), are_pages_huge(small.data_ptr())] == [True, False]
+    large.fill_(1.0)
+    place = large.data_ptr(), large.nbytes
+    assert resident_bytes(*place) >= large.nbytes
+    del large
+    assert resident_bytes(*place) < place[1]
+
+
 def are_pages_huge(address: int) -> bool:
     """Whether huge pages are asked for there: `hg` among the flags of the mapping."""
-    mappings = re.finditer(r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags:(.*?)$", Path("/proc/self/smaps").read_text(), re.M | re.S)
-    return next(
-        "hg" in flags.split() for start, end, flags in (m.groups() for m in mappings) if int(start, 16) <= address < int(end, 16)
-    )
+    return "hg" in mappings_of(address, 1)[0]["VmFlags"].split()
+
+
+def resident_bytes(address: int, size: int) -> int:
+    """Memory of the mappings there: less is in it that other tests do than in that of the process."""
+    return sum(1024 * int(mapping["Rss"].split()[0]) for mapping in mappings_of(address, size))
+
+
+def mappings_of(address: int, size: int) -> list[dict[str, str]]:
+    """What /proc/self/smaps says of those that hold some of these bytes."""
+    found: list[dict[str, str]] = []
+    for mapping in re.split(r"^(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text(), flags=re.M)[1:]:
+        head, *lines = mapping.splitlines()
+        start, end = (int(bound, 16) for bound in head.split()[0].split("-"))
+        if start < address + size and address < end:
+            found.append({key: value for key, _, value in (line.partition(":") for line in lines)})
+    return found
 
 
 def test_columns_are_apart_in_the_bits_from_which_a_cache_predicts_its_ways() -> None:

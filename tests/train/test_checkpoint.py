@@ -132,6 +132,7 @@ def load_here(configs: list[Config]) -> list[tuple[dict[str, dict[int, Tensor]],
         feeder = LocalFeeder(config, dist.get_rank(), config.cluster.num_workers)
         run = start_run(config, folder_of(config), feeder, feeder.task)
         found.append((rows_by_node(run.learner), run.engine.dense_state()))
+        run.writer.close()  # or the next run would wait for what writes for this one
     return found
 
 

@@ -18,7 +18,8 @@ from distcond.config import Config
 from distcond.data.batch import Batch
 from distcond.data.batches import LocalFeeder
 from distcond.train.checkpoint import newest_checkpoint, verified
-from tests.helpers import changed, folder_of, metric_rows, run_ranks, small_config, train_here, train_run
+from distcond.train.sealer import wait_for_orphans
+from tests.helpers import HANG_S, changed, folder_of, metric_rows, run_ranks, small_config, train_here, train_run
 
 pytestmark = pytest.mark.thorough
 
@@ -52,17 +53,24 @@ class FaultyFeeder(LocalFeeder):
             time.sleep(self.pause_s if FAILS_AT < step <= WORKS_AT else 0)
             folder = folder_of_fault(self._config)
             if step == FAILS_AT:
-                wait_for_first(self._config)
                 FAULTS[self._config.run.name](folder, True)
             if step == WORKS_AT:
                 FAULTS[self._config.run.name](folder, False)
         return super().get(step, micro)
 
 
-def wait_for_first(config: Config) -> None:
-    """Until the first checkpoint, which is being written, is complete."""
-    while not (folder_of(config).checkpoints / "latest").exists():
-        time.sleep(0.001)
+def wait_for_first_checkpoint() -> None:
+    """Let this rank train on only once what writes the first checkpoint has nothing left to do."""
+    from distcond.train.hooks import CheckpointHook
+    from distcond.train.state import Run
+
+    begin = CheckpointHook._begin
+
+    def begin_and_wait(self: CheckpointHook, run: Run) -> None:
+        begin(self, run)
+        assert run.step > FAILS_AT or run.writer.settle(HANG_S)
+
+    CheckpointHook._begin = begin_and_wait  # type: ignore[method-assign]
 
 
 def folder_of_fault(config: Config) -> Path:
@@ -101,6 +109,7 @@ def notes_of(config: Config, pause_s: float) -> list[str]:
     notes: list[str] = []
     feeder = FaultyFeeder(config, dist.get_rank(), config.cluster.num_workers)
     feeder.pause_s = pause_s
+    wait_for_first_checkpoint()
     run_training(config, folder_of(config), feeder, asdict(config), notes.append)
     return notes
 
@@ -130,7 +139,7 @@ def test_training_goes_on_while_the_storage_fails(undisturbed: Path, disk: Path,
     assert failed.startswith(f"The checkpoint of step 4 could not be written: {SAYS[fault]}")
     assert ("; it takes " in failed) and ("bytes are free" in failed or "is not there" in failed)
     assert failed.endswith("It will be tried again.")
-    assert written in {f"The checkpoint of step {step} is written." for step in (8, 10)}  # 8: as the storage came back
+    assert written in {f"The checkpoint of step {step} is written." for step in (8, 9, 10)}  # 8, or 9 once more: as it came back
     run = folder_of(config).path
     assert digests(run / "checkpoints/step_00000012") == digests(undisturbed / "checkpoints/step_00000012")
     assert metric_rows(run) == metric_rows(undisturbed)  # rows that the disk did not take came later
@@ -140,7 +149,6 @@ def test_training_goes_on_while_the_storage_fails(undisturbed: Path, disk: Path,
 class FillingFeeder(LocalFeeder):
     def get(self, step: int, micro: int) -> Batch:
         if step == FAILS_AT and self._rank == 0:
-            wait_for_first(self._config)
             fill(folder_of_fault(self._config), True)
         return super().get(step, micro)
 
@@ -151,6 +159,7 @@ def error_at_the_end(config: Config) -> str:
     from distcond.train import hooks
 
     hooks.LAST_LIMIT_S = 2.0
+    wait_for_first_checkpoint()
     try:
         train_here(config, FillingFeeder)
     except TrainingError as error:
@@ -160,9 +169,7 @@ def error_at_the_end(config: Config) -> str:
 
 def test_a_run_fails_only_where_its_last_checkpoint_cannot_be_written(disk: Path) -> None:
     config = small_config(disk, run__name="full", **RHYTHM)
-    start = time.monotonic()
     lines = run_ranks(error_at_the_end, 2, config)
-    assert time.monotonic() - start < 60
     assert lines[0] == lines[1] and "\n" not in lines[0]
     assert lines[0].startswith("the last checkpoint, of step 12, could not be written: No space left on device; it takes ")
     assert digests(folder_of(config).checkpoints / "step_00000002")
@@ -207,6 +214,7 @@ def interrupt_often(config: Config, times: int, seed: int) -> list[int]:
     for delay_s in (random.Random(f"{seed}-{kill}").uniform(0, 0.3) for kill in range(times)):
         with pytest.raises(AssertionError):
             run_ranks(train_to_be_killed, config.cluster.num_workers, config, delay_s)
+        wait_for_orphans(checkpoints)  # what was killed may still be there
         newest, refused = newest_checkpoint(checkpoints)
         assert not refused
         steps.append(int(newest.name[5:]) if newest else 0)
@@ -242,7 +250,7 @@ def costs_of(config: Config) -> tuple[list[float], list[float], int, int]:
     stalls, writes = [], []
     for _ in range(8):
         CheckpointHook()._begin(run)
-        assert run.writer.settle(60) and run.writer.last is not None
+        assert run.writer.settle(HANG_S) and run.writer.last is not None
         stalls.append(run.writer.last.stall_s)
         writes.append(run.writer.last.write_s)
     newest, _ = newest_checkpoint(run.writer.folder)

@@ -37,11 +37,11 @@ def slow_disk(config: Config, rank: int, size: int) -> LocalFeeder:
         give(self, order)
 
     def slow_answer(self: sealer.Sealer, timeout_s: float = 0.0) -> Any:
-        is_early = time.monotonic() - self.given_at < 0.8  # type: ignore[attr-defined]
+        is_early = time.monotonic() - self.given_at < 3.2  # type: ignore[attr-defined]
         return time.sleep(min(timeout_s, 0.01)) if is_early else answer(self, timeout_s)
 
     sealer.Sealer.give, sealer.Sealer.answer = slow_give, slow_answer  # type: ignore[method-assign]
-    hooks.LONGEST_WAIT_S, hooks.STOP_LIMIT_S, hooks.LAST_LIMIT_S = 0.3, 0.5, 5.0
+    hooks.LONGEST_WAIT_S, hooks.STOP_LIMIT_S, hooks.LAST_LIMIT_S = 1.2, 2.0, 60.0
     return StopsAtStep5(config, rank, size) if config.train.max_steps > 5 else LocalFeeder(config, rank, size)
 
 
