@@ -86,7 +86,8 @@ def _started(cluster: ClusterConfig, logs: Path) -> Iterator[Room]:
         except UserError:
             raise
         except BaseException:
-            shutil.copytree(folder / "session_latest" / "logs", logs / "ray_session", dirs_exist_ok=True)
+            with contextlib.suppress(OSError):  # there may be none yet, and some may vanish
+                shutil.copytree(folder / "session_latest" / "logs", logs / "ray_session", dirs_exist_ok=True)
             raise
         finally:
             started = [process for process in _descendants() if process not in before]
@@ -178,8 +179,10 @@ def _temporary_folder() -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(left.parent)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-    with (folder / LOCK).open("w") as lock:
+    hidden = folder / f".{LOCK}"
+    with hidden.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        hidden.rename(folder / LOCK)  # seen once it is held, or another start would remove the folder
         try:
             yield folder
         finally:

@@ -8,6 +8,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -70,6 +71,30 @@ def test_what_a_killed_run_left_is_removed_and_what_a_living_one_has_is_not(
         with local._temporary_folder() as own:
             assert sorted(tmp_path.iterdir()) == sorted([held, other, own])
         assert sorted(tmp_path.iterdir()) == sorted([held, other])
+
+
+def test_a_folder_is_seen_by_other_starts_only_once_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    seen, flock = [], fcntl.flock
+
+    def watched(*given: Any) -> None:
+        seen.append(list(tmp_path.glob(f"*/{local.LOCK}")))
+        flock(*given)
+
+    monkeypatch.setattr(fcntl, "flock", watched)
+    with local._temporary_folder() as own:
+        assert list(tmp_path.glob(f"*/{local.LOCK}")) == [own / local.LOCK]
+    assert seen == [[]]
+
+
+def test_a_ray_that_fails_before_it_writes_a_log_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: Any) -> None:
+        raise RuntimeError("no port is free")
+
+    monkeypatch.setattr(ray, "init", fail)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with pytest.raises(RuntimeError, match="no port is free"), ray_session(ClusterConfig(), tmp_path):
+        pass
 
 
 def test_the_token_is_made_once_whole_and_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
