@@ -8,10 +8,11 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -79,6 +80,7 @@ def _started(cluster: ClusterConfig, logs: Path) -> Iterator[Room]:
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 log_to_driver=False,
+                job_config=_job_config(),
                 _temp_dir=str(folder),
             )
             with reaped([process.pid for process in _descendants() if process not in before]):
@@ -113,7 +115,7 @@ def _connected(cluster: ClusterConfig) -> Iterator[Room]:
             "dashboard: distcond submit train cluster=ray cluster.address=http://HEAD:8265."
         )
     with _on_loopback() if address.startswith(LOOPBACK) else contextlib.nullcontext():
-        ray.init(address=address, log_to_driver=False)
+        ray.init(address=address, log_to_driver=False, job_config=_job_config())
     try:
         room = Room.of(ray.cluster_resources(), f"the cluster at {given}")
         check_room(ask_of(cluster), room)
@@ -187,6 +189,26 @@ def _temporary_folder() -> Iterator[Path]:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+class _OwnPath(list[str]):
+    """Folders that are put in front of the workers' `sys.path`: those alone that this process imports from, too.
+
+    NOTE: Ray adds the current folder, where a `numpy.py` or another `distcond` would be taken for the installed one.
+    """
+
+    def extend(self, folders: Iterable[str]) -> None:
+        own = {str(Path(folder).absolute()) for folder in sys.path}
+        super().extend(folder for folder in folders if folder in own)
+
+
+def _job_config() -> Any:
+    """What Ray is told of this process."""
+    from ray.job_config import JobConfig
+
+    config = JobConfig()
+    config._py_driver_sys_path = _OwnPath()
+    return config
 
 
 def _address(cluster: ClusterConfig) -> str:

@@ -132,7 +132,7 @@ class Command:
     def __init__(self, folder: Path, *words: str, before: Sequence[str] = (), **environment: str) -> None:
         self.folder = folder
         self.process = psutil.Popen(
-            [*before, sys.executable, "-u", "-m", "distcond", "train", *words],
+            [*before, sys.executable, "-u", str(Path(sys.executable).with_name("distcond")), "train", *words],
             cwd=folder,
             env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | SLOW_START | environment,
             stdout=subprocess.PIPE,

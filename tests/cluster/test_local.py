@@ -87,6 +87,18 @@ def test_a_folder_is_seen_by_other_starts_only_once_it_is_held(tmp_path: Path, m
     assert seen == [[]]
 
 
+def test_workers_import_from_no_folder_that_this_process_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "own"), ""])
+    monkeypatch.chdir(tmp_path)
+    config = local._job_config()
+    config._py_driver_sys_path.extend([str(tmp_path / "own"), str(tmp_path / "other"), str(tmp_path)])
+    assert config._py_driver_sys_path == [str(tmp_path / "own"), str(tmp_path)]  # "" is the current folder
+    sys.path.remove("")
+    config = local._job_config()
+    config._py_driver_sys_path.extend([str(tmp_path)])
+    assert config._py_driver_sys_path == []
+
+
 def test_a_ray_that_fails_before_it_writes_a_log_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(**_: Any) -> None:
         raise RuntimeError("no port is free")

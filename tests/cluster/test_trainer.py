@@ -212,6 +212,7 @@ def test_a_stop_before_training_begins_needs_no_step(shared_ray: Any, tmp_path: 
 def test_one_ctrl_c_or_a_sigterm_saves_a_checkpoint_within_10_s_and_the_run_goes_on_later(tmp_path: Path) -> None:
     run, done = tmp_path / "run", 0
     prepared = words(tmp_path)
+    (tmp_path / "numpy.py").write_text("raise RuntimeError('taken for the installed one')\n")  # not where commands import from
     # NOTE: `timeout`, when it ends or is ended itself, signals the command and then its process group: twice, and Ray, too.
     for stop, before in ((interrupt, ()), (terminate, ("timeout", "600"))):
         command = Command(tmp_path, *prepared, before=before)
