@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from distcond.config import ModelConfig
 from distcond.errors import RunError
+from distcond.finite import finite
 from distcond.train.sealing import fingerprint
 
 FORMAT_VERSION = 1
@@ -24,7 +25,7 @@ Section = TypeVar("Section")
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:
     """Write the card of a folder: its entries, size and sha256 of the other files there, and the seal."""
     files = {file.name: fingerprint(file) for file in sorted(folder.iterdir()) if file.name != CARD}
-    entries = {"format_version": FORMAT_VERSION, **card, "files": files}
+    entries = finite({"format_version": FORMAT_VERSION, **card, "files": files})
     text = json.dumps({**entries, SEAL: _seal_of(entries)}, indent=2)
     (folder / CARD).write_text(text + "\n", encoding="utf-8")
 

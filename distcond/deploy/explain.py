@@ -16,7 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from distcond.deploy.attribution import attribute
 from distcond.deploy.changes import Change, Flip, Outcome, ponder_of, run_changed
 from distcond.deploy.predict import judged
-from distcond.deploy.served import Served, parse_json, prompt_of, serve_run, vectors_of
+from distcond.deploy.served import Served, check_answer, parse_json, prompt_of, serve_run, vectors_of
 from distcond.errors import ConfigError, DataError, RunError
 from distcond.nn import FixedComputation, TreeLinear
 from distcond.nn.tree_parts import path_of
@@ -140,6 +140,7 @@ def explain_position(served: Served, question: Question, layer: str = "") -> dic
     body = served.model.body
     name, tree = _chosen_layer(body, layer)
     base = run_changed(body, tree, question.inputs, question.position, [Change()])[0]
+    check_answer(base.logits)
     result: dict[str, Any] = {
         "layer": name,
         "position": question.first + question.position,
@@ -293,11 +294,12 @@ def _targets(served: Served, targets: Any, place: int, length: int) -> Tensor:
     """The targets of one time step. Raises DataError where they are none of the model's."""
     shape = served.model.shape
     number = shape.output_size // shape.num_classes if shape.num_classes > 1 else shape.output_size
-    most = max(2, shape.num_classes)
+    least, most = 0 if shape.num_classes == 1 else -(2**31), max(2, shape.num_classes)  # below 0: a class that is not asked for
     rows = [targets] if isinstance(targets, list) and targets and not isinstance(targets[0], list) else targets
     ok = isinstance(rows, list) and len(rows) == length and isinstance(rows[place], list) and len(rows[place]) == number
-    if not ok or not all(type(one) in {int, float} and one == int(one) and one < most for one in rows[place]):
-        raise DataError(f"--input: targets must hold {length} lists (one a time step) of {number} numbers below {most}.")
+    if not ok or not all(type(one) in {int, float} and least <= one < most and one == int(one) for one in rows[place]):
+        numbers = "numbers that are 0 or 1" if least == 0 else f"numbers below {most}"
+        raise DataError(f"--input: targets must hold {length} lists (one a time step) of {number} {numbers}.")
     return torch.tensor(rows[place]).long()
 
 

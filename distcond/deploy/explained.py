@@ -29,7 +29,7 @@ def show(explained: dict[str, Any]) -> str:
 def show_stability(found: dict[str, Any]) -> str:
     """What `stability` found: a column for each pair of runs."""
     pairs = found["pairs"]
-    numbers = {run: str(index) for index, run in enumerate(found["runs"])}
+    numbers = {run: str(found["runs"].index(run)) for run in found["runs"]}
     legend = "\n".join(f"{number}  {run}" for run, number in numbers.items())
     head = ["level", *("-".join(numbers[run] for run in pair["runs"]) for pair in pairs)]
     rows = [

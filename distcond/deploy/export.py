@@ -1,6 +1,7 @@
 """`distcond export RUN --out DIR`: a folder that `distcond.load` reads, measured beside the model of the run."""
 
 import copy
+import os
 import shutil
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,6 +20,7 @@ from distcond.data.batches import num_validation_batches
 from distcond.data.tasks import bytes_per_token
 from distcond.deploy.card import CARD, TOKENIZER, WEIGHTS, read_card, write_card
 from distcond.deploy.load import BFLOAT16, Deployed, load, to_bfloat16
+from distcond.deploy.served import check_answer
 from distcond.deploy.unfinished import unfinished
 from distcond.errors import RunError
 from distcond.nn import TreeLinear, flatten
@@ -58,13 +60,14 @@ def export(run: Path, out: Path, step: int | None = None, options: ExportOptions
     Raises RunError as `open_run` does, where the folder exists, and where the trees cannot be flattened.
     """
     options = options or ExportOptions()
-    if out.exists():
+    if os.path.lexists(out):  # a link that leads nowhere, too
         raise RunError(f"{out} exists; remove it, or give another --out.")
     check_writable(out, "choose another --out.")
     opened = open_run(run, step)
     config = opened.config
     trained = Deployed(opened.learner.body, shape_without(opened.feeder.task), {})
     before, loads = _measure(trained, opened)
+    check_answer(torch.tensor(list(before.values())))
     about = {"run": {"name": run.absolute().name, "step": opened.step}, "data": str(config.data.name)}
     with unfinished(out) as folder:
         entries = write_model(folder, trained, config.model, options, loads, config.data.tokenizer)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distcond.deploy.lines import Line, Source, groups_of_lines
 from distcond.deploy.reader import Reader
-from distcond.deploy.served import Served, parse_json, prompt_of, vectors_of
+from distcond.deploy.served import Served, check_answer, parse_json, prompt_of, vectors_of
 from distcond.errors import DataError
 
 
@@ -83,6 +83,7 @@ def _generator(seed: int, line: int) -> torch.Generator:
 def _outputs(served: Served, inputs: list[Tensor]) -> Iterator[dict[str, Any]]:
     lengths = torch.tensor([len(one) for one in inputs])
     logits, stats = served.model(torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True), lengths)
+    check_answer(logits)
     answer, probability = judged(logits, served.model.shape.num_classes)
     steps_BT = stats.steps.view(logits.shape[:2])
     for row, length in enumerate(lengths.tolist()):
@@ -115,6 +116,7 @@ def _complete(
 
 
 def _chosen(logits_C: Tensor, drawn_by: torch.Generator, temperature: float) -> int:
+    check_answer(logits_C)
     if temperature == 0:
         return int(logits_C.argmax())
     return int(torch.multinomial((logits_C.double() / temperature).softmax(0), 1, generator=drawn_by))

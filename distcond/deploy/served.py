@@ -1,7 +1,6 @@
 """A model that answers on the command line: opened from an export or a run, with what turns lines into its inputs."""
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +108,16 @@ def vectors_of(value: Any, input_size: int, where: str) -> Tensor:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in {int, float} and math.isfinite(value) and abs(value) < 1e30
+    return type(value) in {int, float} and abs(value) < 1e30  # which neither NaN nor an integer beyond floats is
+
+
+def check_answer(logits: Tensor) -> None:
+    """Refuse numbers that mean nothing. Raises RunError."""
+    if not bool(logits.isfinite().all()):
+        raise RunError(
+            "the model answers with numbers that are NaN or infinite; use an earlier checkpoint (--step N), or train it again "
+            "with a lower optim.lr"
+        )
 
 
 def _refuse(name: str) -> Callable[[], None]:

@@ -1,5 +1,6 @@
 """A run that grew out of another one (`train.init_from`) beside it: the same function at first, and what came of it."""
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ def _since(run: RunFacts, parent: RunFacts) -> str:
     )
     macs = f", at {run.macs / parent.macs:.3g} times the MACs" if run.macs is not None and parent.macs else ""
     text = f"With {plural(run.step, 'update')} of its own it went from {before} to {after} {quality_unit(run)}{macs}."
-    command = f"distcond evaluate {run.folder.path} --against {parent.folder.path}"
+    own, its = (shlex.quote(str(one.folder.path)) for one in (run, parent))
+    command = f"distcond evaluate {own} --against {its}"
     if (found := difference(run)) is None or not _told_by(run, parent):
         return f"{text} The interval of the difference was not evaluated; run {command}"
     value, low, high = (signed_quality(run, part) for part in found)

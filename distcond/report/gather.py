@@ -120,7 +120,8 @@ def read_run(run: Path) -> RunFacts:
     state = read_state(checkpoint)
     step, started = int(state["step"]), state["summary"].get("init_from")
     origin = number(started, "step") if isinstance(started, dict) else None
-    samples = _read_rows(folder.path / "eval" / "samples.jsonl")
+    rows = _read_rows(folder.path / "eval" / "samples.jsonl")
+    samples = rows[-1].get("samples") if rows else []
     return RunFacts(
         folder=folder,
         config=config,
@@ -129,7 +130,7 @@ def read_run(run: Path) -> RunFacts:
         rows=_read_rows(folder.metrics),
         evaluation=_read_object(folder.path / "eval" / f"step_{step:08d}.json"),
         environment=_read_object(folder.environment_file),
-        samples=[sample for sample in (samples[-1].get("samples") or [] if samples else []) if isinstance(sample, dict)],
+        samples=[sample for sample in samples if isinstance(sample, dict)] if isinstance(samples, list) else [],
         origin_step=None if origin is None else int(origin),
     )
 

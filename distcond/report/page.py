@@ -2,6 +2,7 @@
 
 import datetime
 import secrets
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,13 @@ def _found(facts: Sequence[RunFacts], spent: Spending, trees: Sequence[TreeMap])
     run = facts[0]
     figures = cards(run)
     figure, front = curves.against_computation(facts)
-    paths = " ".join(str(one.folder.path) for one in facts)
+    paths = [shlex.quote(str(one.folder.path)) for one in facts]
     return {
         "version": __version__,
         "made": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "run": run,
         "runs": facts,
+        "quoted": paths[0],
         "verdict": verdict(run, facts, trees),
         "cards": figures,
         "missing": [card.title.lower() for card in figures if not card.is_complete],
@@ -124,8 +126,8 @@ def _found(facts: Sequence[RunFacts], spent: Spending, trees: Sequence[TreeMap])
                 "Train it again (another run.name makes it a new run)",
                 redact(train_line(run.config, {"run.dir": RunConfig().dir})),
             ),
-            ("Measure it", f"distcond evaluate {run.folder.path}"),
-            ("Make this page again", f"distcond report {paths}"),
+            ("Measure it", f"distcond evaluate {paths[0]}"),
+            ("Make this page again", f"distcond report {' '.join(paths)}"),
         ],
     }
 

@@ -165,7 +165,7 @@ def has_fixed(run: RunFacts, runs: Sequence[RunFacts]) -> bool:
 def fixed_steps(run: RunFacts) -> dict[int, float]:
     """Quality of the run by a number of steps that was forced on everyone, from the evaluation."""
     found = run.evaluation.get("control/fixed_steps")
-    values = {key: number(found, key) for key in found if key.isdigit()} if isinstance(found, dict) else {}
+    values = {key: number(found, key) for key in found if key.isdecimal()} if isinstance(found, dict) else {}
     return {int(key): value for key, value in values.items() if value is not None}
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distcond.finite import finite
 from distcond.tracking import child
 from distcond.tracking.identity import SENT_FILE, WandbRun, last_sent, server
 from distcond.tracking.mirror import GOOD_END
@@ -50,7 +51,7 @@ class Tracker:
 
         A row that the disk does not take (it is full, or gone) is kept and written with a later one.
         """
-        self._metrics.append({key: value if math.isfinite(value) else None for key, value in row.items()})
+        self._metrics.append(row)
 
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Append what the model makes of some examples, as mappings of the same keys, before the row of the same step."""
@@ -90,7 +91,7 @@ class _Rows:
             _cut_back(self.file, resume_step)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        self._unwritten += json.dumps(row, allow_nan=False) + "\n"
+        self._unwritten += json.dumps(finite(row), allow_nan=False) + "\n"
         self.write()
 
     def write(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from distcond.config import Config
 from distcond.errors import RunError
+from distcond.finite import finite
 
 MAY_CHANGE = (
     "train.",
@@ -181,10 +182,10 @@ def is_there(file: Path) -> bool:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write JSON in one move: readers see the old file or the new one."""
+    """Write JSON in one move: readers see the old file or the new one. Numbers that JSON does not know become null."""
     temporary = file.with_name(f".{file.name}.tmp")
     try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
         temporary.replace(file)
     except OSError:
         temporary.unlink(missing_ok=True)

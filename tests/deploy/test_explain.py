@@ -226,11 +226,25 @@ def test_losses_and_divergences_are_those_of_the_targets(classes: int, target: l
     assert flip["divergence"] == pytest.approx(divergence, abs=1e-5) and divergence > 1e-3
 
 
-@pytest.mark.parametrize("targets", [[[0, 1]], [[0, 1, 2], [0, 1, 2]], [[0, 1], [0, 3]], [[0, 1], [0.5, 1]], 7])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        *([[0, 1]], [[0, 1, 2], [0, 1, 2]], [[0, 1], [0, 3]], [[0, 1], [0.5, 1]], 7),
+        *([[0, 1], [0, -1e300]], [[0, 1], [-(10**400), 0]], [[0, 1], [0, 10**400]]),
+    ],
+)
 def test_targets_that_are_none_are_refused(targets: Any) -> None:
     served = Served(random_model(model_config("rnn", "none"), VECTORS), "vectors")
     with pytest.raises(DataError, match=r"targets must hold 2 lists \(one a time step\) of 2 numbers below 3"):
         question_of(served, json.dumps({"inputs": [[0.0] * 5] * 2, "targets": targets}), None)
+
+
+@pytest.mark.parametrize("targets", [[[0, -1]], [[0, 2]]])
+def test_binary_targets_are_0_or_1(targets: Any) -> None:
+    served = Served(random_model(model_config("mlp", "none"), TaskShape("vectors", 3, 2, 1, 1)), "vectors")
+    question_of(served, json.dumps({"inputs": [[0.0] * 3], "targets": [[0, 1]]}), None)
+    with pytest.raises(DataError, match="of 2 numbers that are 0 or 1"):
+        question_of(served, json.dumps({"inputs": [[0.0] * 3], "targets": targets}), None)
 
 
 # ---- regions ---------------------------------------------------------------------------------------------------------

@@ -277,6 +277,10 @@ def test_what_is_no_run_or_in_the_way_is_refused_and_leaves_nothing(
     assert "model exists; remove it" in refused(capsys, "export", run, "--out", str(exported))
     assert "is not a run folder" in refused(capsys, "export", str(tmp_path), "--out", out)
     assert "has no checkpoint of step 7" in refused(capsys, "export", run, "--out", out, "--step", "7")
+    nowhere = tmp_path / "link"
+    nowhere.symlink_to(tmp_path / "nowhere")
+    assert f"{nowhere} exists; remove it" in refused(capsys, "export", run, "--out", str(nowhere))
+    nowhere.unlink()
     assert "--max-mib 4 goes with --flatten" in refused(capsys, "export", run, "--out", out, "--max-mib", "4")
     assert "holds no leaf of" in refused(capsys, "export", run, "--out", out, "--flatten", "--max-mib", "1e-5")
     with RunFolder(Path(run)).locked():

@@ -1,7 +1,9 @@
 """distcond predict: an answer a line, in order, whatever is computed together; and lines that cannot be answered."""
 
+import copy
 import io
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +16,12 @@ from distcond.cli import main
 from distcond.config import Config
 from distcond.config.shape import TaskShape
 from distcond.data.tokens import vocabulary_of
+from distcond.deploy.explain import explain_position, question_of
 from distcond.deploy.export import ExportOptions, write_model
 from distcond.deploy.predict import PredictOptions, predict
 from distcond.deploy.reader import Reader
 from distcond.deploy.served import Served, serve
-from distcond.errors import DataError
+from distcond.errors import DataError, RunError
 from tests.data.tokenizer import train_tokenizer
 from tests.deploy.models import VECTORS, inputs_for, model_config, random_model
 
@@ -173,6 +176,7 @@ def test_text_that_cannot_be_answered_is_one_line_after_the_answers_before(
         ("[[1, 2, 3, 4, 5], [1, 2, 3, 4, true]]", "time step 1 is 5 values; needed is a vector of 5 finite numbers"),
         ("[1, 2, 3, 4, NaN]", "NaN is no number"),
         ("[1, 2, 3, 4, 1e999]", "needed is a vector of 5 finite numbers"),
+        (f"[1, 2, 3, 4, {10**400}]", "needed is a vector of 5 finite numbers"),
         ("[[1, 2, 3, 4, 5], 6]", "time step 1 is 6"),
         ('{"input": []}', "needed is a vector of 5 numbers, or a list of such"),
         ("[]", "needed is a vector of 5 numbers, or a list of such"),
@@ -188,6 +192,18 @@ def test_a_vector_that_is_none_is_named(vectors: Served, line: str, told: str) -
 def test_a_prompt_that_is_no_json_text_is_named(text: Served, line: str, told: str) -> None:
     with pytest.raises(DataError, match=f"here, line 2.*{told}"):
         answers(text, ['"a"', line], json_lines=True, max_new=1)
+
+
+def test_a_model_that_answers_nan_is_told(text: Served, vectors: Served) -> None:
+    told = r"the model answers with numbers that are NaN or infinite; use an earlier checkpoint \(--step N\), or train"
+    for served, line, options in ((text, "a", {"temperature": 1.0}), (text, "a", {}), (vectors, "[1, 2, 3, 4, 5]", {})):
+        broken = copy.deepcopy(served)
+        for parameter in broken.model.body.head.parameters():
+            parameter.data.fill_(math.nan)
+        with pytest.raises(RunError, match=told):
+            answers(broken, [line], **options)
+        with pytest.raises(RunError, match=told):
+            explain_position(broken, question_of(broken, line, None))
 
 
 def test_a_file_of_100_mb_is_refused_before_it_is_read_as_a_whole(

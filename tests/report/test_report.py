@@ -181,7 +181,7 @@ def test_nothing_in_a_run_becomes_markup(copied: Callable[[str], Path], tmp_path
         "val/bpb": HOSTILE,
         "maintainability/seeds": {HOSTILE: {"quality": 1.0}},
         "val/bpb/low": 1e400,
-        "control/fixed_steps": [1],
+        "control/fixed_steps": {"\u00b2": 1.0},
         "val/ponder/steps_histogram": [HOSTILE],
         "against": {"run": HOSTILE, "step": HOSTILE, "val/bpb": HOSTILE, "latency_ms/batch_1/p50": 1.0},
     }
@@ -195,7 +195,14 @@ def test_nothing_in_a_run_becomes_markup(copied: Callable[[str], Path], tmp_path
     assert not [key for _, attributes in page.elements for key in attributes if key.startswith("on") or key in {"src", "style"}]
     text = file.read_text(encoding="utf-8")
     assert not [letter for letter in text if not letter.isprintable() and letter != "\n"]
+    assert f"distcond evaluate {shlex.quote(str(folder))}" in page.text
     assert "alert(1)" in page.text and "␛[2J‹202E›" in page.text and "‹FF›" in page.text
+
+
+def test_samples_that_are_none_are_left_out(copied: Callable[[str], Path]) -> None:
+    folder = copied("none")
+    (folder / "eval/samples.jsonl").write_text('{"step": 12, "samples": 7}\n')
+    assert read_run(folder).samples == []
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
@@ -280,3 +287,6 @@ def test_a_model_of_nan_is_refused(copied: Callable[[str], Path], capsys: pytest
     save_file(tensors, checkpoint / DENSE)
     _seal(checkpoint, DENSE)
     assert "answers with NaN or infinity" in refused(capsys, folder)
+    assert main(["export", str(folder), "--out", str(folder / "model")]) == 2  # nor is it exported, or evaluated as numbers
+    assert "the model answers with numbers that are NaN or infinite" in capsys.readouterr().err
+    assert not (folder / "model").exists()

@@ -180,6 +180,16 @@ def test_what_is_no_number_is_null(tmp_path: Path, value: float) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n'
 
 
+def test_what_is_no_number_in_samples_and_trees_is_null(tmp_path: Path) -> None:
+    tracker = track(tmp_path)
+    tracker.log_samples(1, [{"input": "a", "loss": math.nan, "losses": [1.0, math.inf]}])
+    tracker.log_trees(1, [{"layer": "a", "nodes": {"norm": (math.inf, 2.0)}}])
+    tracker.close()
+    samples, trees = (json.loads((tmp_path / "eval" / name).read_text()) for name in ("samples.jsonl", "trees.jsonl"))
+    assert samples == {"step": 1, "samples": [{"input": "a", "loss": None, "losses": [1.0, None]}]}
+    assert trees == {"step": 1, "layers": [{"layer": "a", "nodes": {"norm": [None, 2.0]}}]}
+
+
 @pytest.mark.parametrize("resume_step", [0, 1, 17, 30, 99])
 @pytest.mark.parametrize("torn", ["", '{"step": 3', '{"step": 3, "train/lo'])
 def test_rows_after_the_checkpoint_are_cut_and_a_torn_one_is_forgiven(tmp_path: Path, resume_step: int, torn: str) -> None:

@@ -1,6 +1,7 @@
 """The run folder: one process writes to it, and only the run that it holds is continued in it."""
 
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -51,6 +52,11 @@ def test_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     assert f"process {holder.pid} on " in (tmp_path / "lock").read_text()  # it had no time to tidy up
     with RunFolder(tmp_path).locked():
         assert f"process {holder.pid} on " not in (tmp_path / "lock").read_text()
+
+
+def test_json_holds_no_number_that_json_does_not_know(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"nll": math.inf, "best": {"value": 1.5, "all": [math.nan, 2]}})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"nll": None, "best": {"value": 1.5, "all": [None, 2]}}
 
 
 def test_json_that_cannot_be_put_in_place_leaves_nothing_behind(tmp_path: Path) -> None:
