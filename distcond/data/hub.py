@@ -3,15 +3,17 @@
 Only data is read: `datasets` 4 and later runs no code that comes with a data set.
 """
 
+import glob
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from distcond.config import DataConfig
 from distcond.data.corpus import Corpus, Run, Source, in_turn, open_corpus
 from distcond.data.shard import Chunk
-from distcond.data.text import BUILDERS, Holdout, TextFile, is_local_folder, local_files
+from distcond.data.text import BUILDERS, Holdout, TextFile, distinct, is_local_folder, local_files
 from distcond.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -20,6 +22,7 @@ log = logging.getLogger(__name__)
 def open_hub(config: DataConfig, run: Run = in_turn) -> Corpus:
     """The rows of one text column of the split `train`, each ended by a newline; a hash of its number holds a row out.
 
+    Of local files named in `data.files`, a copy of another is left out.
     NOTE: local sources are prepared again when they change; a hub data set is fetched once and kept, so that later runs
     need no network and see the same bytes.
     Raises DataError if the data set cannot be loaded or has no such text.
@@ -27,21 +30,32 @@ def open_hub(config: DataConfig, run: Run = in_turn) -> Corpus:
     files, local = hub_files(config)
     most = config.shard_mib * 2**20
     identity = [config.path, config.subset, files, config.column, config.validation_fraction, most, local]
-    source = Source("hub", identity, lambda: _plan(config, files, most), config.tokenizer)
+
+    def plan() -> list[Rows]:
+        # NOTE: `datasets` takes every name for a glob.
+        named = [glob.escape(file.path) for file in distinct(local)] if config.path in BUILDERS else []
+        return _plan(config, files + named, most)
+
+    source = Source("hub", identity, plan, config.tokenizer)
     return open_corpus(config.cache_dir, source, run)
 
 
 def hub_files(config: DataConfig) -> tuple[list[str], list[TextFile]]:
-    """The files that `datasets` is given, and those of them, or of a folder, that are here. Raises DataError for missing ones."""
+    """Names for `datasets`, of files that are elsewhere or in a data set; and the files that are here, or in a folder here.
+
+    Raises DataError for missing ones, and for a folder whose name `datasets` would take for a glob.
+    """
     files, local = list(config.files), list[TextFile]()
     if config.path in BUILDERS:
-        urls = [file for file in files if "://" in file]
         patterns = [file for file in files if "://" not in file]
         if not files:
             raise DataError(f"data.path={config.path} reads local files; name them, e.g. data.files=['corpus/*.{config.path}'].")
         local = local_files(patterns) if patterns else []
-        files = urls + [file.path for file in local]
+        files = [file for file in files if "://" in file]
     elif is_local_folder(config.path):
+        folder = str(Path(config.path).expanduser().resolve())  # NOTE: as `datasets` does
+        if glob.escape(folder) != folder:
+            raise DataError(f"data.path={folder!r} cannot be read as a data set: its name holds *, ? or [; rename the folder.")
         local = local_files([f"{config.path}/**/*"])
     return files, local
 
@@ -119,14 +133,15 @@ def _load(path: str, subset: str, files: list[str]) -> Any:
     import datasets  # here, because it takes seconds that other tasks need not wait
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # its errors are raised as well
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     log.info("Loading data set %s.", path)
     try:
         return datasets.load_dataset(path, subset or None, data_files=files or None, split="train", keep_in_memory=False)
     except Exception as error:  # whatever goes wrong in there, the user's way out is the same
         is_parsing = isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__
-        line = " ".join(str(error.__cause__ if is_parsing else error).split())[:300]
+        cause = error.__cause__ if is_parsing else error
+        line = " ".join(str(cause).split())[:300] or type(cause).__name__
         raise DataError(
             f"Data set {path!r} cannot be loaded: {line}; check data.path, data.subset, data.files and the network."
         ) from error

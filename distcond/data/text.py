@@ -112,7 +112,7 @@ def _absolute_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     path, changed = settings.get("path", ""), dict(settings)
     is_local = settings["name"] != DataName.hub or path in BUILDERS
     if "files" in settings:
-        changed["files"] = [_absolute(file) if is_local and "://" not in file else file for file in settings["files"]]
+        changed["files"] = [_absolute_pattern(file) if is_local and "://" not in file else file for file in settings["files"]]
     if is_local_folder(path):
         changed["path"] = _absolute(path)
     return changed
@@ -130,18 +130,28 @@ def _absolute(path: str) -> str:
         raise DataError(f"{path}: nobody here has such a home; write the whole path.") from error
 
 
+def _absolute_pattern(pattern: str) -> str:
+    """The path, if it is there; else a glob in which the current folder, or a home, stands for itself whatever its name."""
+    path, own = _absolute(pattern), Path(pattern)
+    if own.is_absolute() or os.path.exists(path):  # noqa: PTH110 - takes any text
+        return path
+    base, rest = (own.parts[0], own.parts[1:]) if pattern.startswith("~") else (".", own.parts)
+    return str(Path(glob.escape(_absolute(base)), *rest))
+
+
 def _match(pattern: str) -> list[Path]:
     path = Path(_absolute(pattern))
     try:
         # NOTE: not Path.glob, which refuses absolute patterns.
-        matches = [path] if path.exists() else [Path(match) for match in glob.glob(str(path), recursive=True)]  # noqa: PTH207
+        found = [path] if path.exists() else glob.glob(_absolute_pattern(pattern), recursive=True)  # noqa: PTH207
+        matches = [Path(match) for match in found]
     except OSError as error:  # too long for a name
         raise DataError(f"data.files: {pattern[:200]!r} cannot be looked for ({error.strerror}); name other files.") from error
     files = [match for match in matches if match.is_file()]
     if not files:
-        found = "matches only folders" if matches else "matches no file"
+        fault = "matches only folders" if matches else "matches no file"
         example = f"{pattern.rstrip('/')}/**/*.txt" if matches else "corpus/**/*.txt"
-        raise DataError(f"data.files: {pattern!r} {found} (looked for {path}); name files, e.g. data.files=['{example}'].")
+        raise DataError(f"data.files: {pattern!r} {fault} (looked for {path}); name files, e.g. data.files=['{example}'].")
     return files
 
 
@@ -176,7 +186,7 @@ def _open(source: str, files: list[TextFile], config: DataConfig, run: Run) -> C
 
 def _parts(files: list[TextFile], fraction: float, by_lines: bool) -> Iterator[Part]:
     """Whole files to either split; of a lone file, its last `fraction` of bytes to validation."""
-    files = list(_distinct(files))
+    files = list(distinct(files))
     if len(files) == 1:
         (file,) = files
         place = round(file.size * (1 - fraction))
@@ -189,8 +199,11 @@ def _parts(files: list[TextFile], fraction: float, by_lines: bool) -> Iterator[P
         yield Part("validation" if holdout.holds(file.name) else "train", file.name, file.path, 0, file.size, 1)
 
 
-def _distinct(files: Iterable[TextFile]) -> Iterator[TextFile]:
-    """The files less copies of an earlier one: a held-out text must not be trained on under another name."""
+def distinct(files: Iterable[TextFile]) -> Iterator[TextFile]:
+    """The files less copies of an earlier one: a held-out text must not be trained on under another name.
+
+    Raises DataError if a file cannot be read.
+    """
     files = list(files)
     sizes, seen = Counter(file.size for file in files), set()
     for file in files:

@@ -30,11 +30,21 @@ class ByteTask:
         for split in SPLITS:
             size, needed = len(getattr(self.corpus, split)), self.max_length + 1
             if size < needed:
+                advice = "add text, lower data.context or change data.validation_fraction"
+                if split == "validation" and not size and self._is_lone_file():
+                    advice = (
+                        r'with data.tokenizer a lone file is split at the end of a line ("\n"), and its last '
+                        "data.validation_fraction has none; break it into lines or add another file"
+                    )
                 raise DataError(
                     f"data={self.corpus.manifest['source']} has {size} {self.unit} of {split} text, but "
-                    f"data.context={self.max_length} needs at least {needed}; "
-                    "add text, lower data.context or change data.validation_fraction."
+                    f"data.context={self.max_length} needs at least {needed}; {advice}."
                 )
+
+    def _is_lone_file(self) -> bool:
+        """Whether the text is one local file, which with a tokenizer is cut at the end of a line."""
+        manifest = self.corpus.manifest
+        return manifest["source"] == "text" and self.unit == "tokens" and len(manifest["train"]["files"]) == 1
 
     @property
     def input_size(self) -> int:

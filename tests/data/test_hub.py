@@ -1,6 +1,7 @@
 """Corpora from Hugging Face data sets, here from local files."""
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,6 +99,55 @@ def test_a_folder_is_a_data_set(tmp_path: Path, rows: Path) -> None:
     (tmp_path / "folder.jsonl").rename(tmp_path / "folder" / "train.jsonl")
     corpus = open_rows(tmp_path, path=str(tmp_path / "folder"))
     assert corpus.train.tobytes().startswith(b"row ")
+
+
+def test_a_name_with_wildcards_in_it_stands_for_that_file_alone(tmp_path: Path) -> None:
+    names = ["a1", "a[1]", "b*c", "b**", "d?", "[!x]", "]"]
+    for name in names:
+        (tmp_path / f"{name}.json").write_text(json.dumps({"text": name}) + "\n")
+    every = open_rows(tmp_path, files=[str(tmp_path / "*.json")])
+    assert sorted((every.train.tobytes() + every.validation.tobytes()).decode().splitlines()) == sorted(names)
+    one = open_rows(tmp_path, files=[str(tmp_path / "a[1].json")])
+    assert one.train.tobytes() + one.validation.tobytes() == b"a[1]\n"
+
+
+def test_a_folder_that_would_be_taken_for_another_is_refused_in_one_line(tmp_path: Path) -> None:
+    for name in ("set[1]", "set1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    (tmp_path / "link").symlink_to(tmp_path / "set[1]")
+    for name in ("set[1]", "link"):
+        with pytest.raises(DataError, match=r"data\.path='.*/set\[1\]' cannot be read .* rename the folder\.$") as caught:
+            open_rows(tmp_path, path=str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_held_out_row_is_not_trained_on_from_a_copy_of_its_file_or_a_loop_of_links(tmp_path: Path, rows: Path) -> None:
+    before = open_rows(tmp_path, files=[str(rows)]).manifest
+    (tmp_path / "copy.jsonl").write_bytes(rows.read_bytes())
+    (tmp_path / "loop").symlink_to(tmp_path)
+    after = open_rows(tmp_path, files=[str(tmp_path / "**" / "*.jsonl")]).manifest
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "message"),
+    [
+        ("json", b"", r"'json' cannot be loaded: StopIteration; check data\.path"),
+        ("parquet", b"no parquet at all", r"'parquet' cannot be loaded: Parquet magic bytes not found"),
+    ],
+)
+def test_a_broken_file_gives_one_line_that_says_why(
+    tmp_path: Path, path: str, content: bytes, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", printed.append)
+    monkeypatch.setattr(logging.getLogger("datasets"), "handlers", [handler])
+    (tmp_path / "broken").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        open_rows(tmp_path, path=path, files=[str(tmp_path / "broken")])
+    assert not printed
 
 
 @pytest.mark.parametrize(

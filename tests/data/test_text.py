@@ -1,12 +1,14 @@
 """Byte corpora from files: what is in them and what is held out."""
 
 import os
+import shutil
 import sysconfig
 from pathlib import Path
 
 import pytest
 
-from distcond.config import DataConfig
+from distcond.compose import load_config, save_config
+from distcond.config import Config, DataConfig
 from distcond.data.corpus import Corpus
 from distcond.data.parts import FileParts, Part, cut, grouped
 from distcond.data.text import (
@@ -169,6 +171,39 @@ def test_absolute_paths_mean_the_same_from_anywhere(folder: Path, monkeypatch: p
     assert open_text(config).manifest == here
     assert len(here["train"]["files"]) + len(here["validation"]["files"]) == 21
     assert config.cache_dir == str(folder / "cache") == absolute_paths(config).cache_dir
+
+
+@pytest.mark.parametrize("pattern", ["a/*.txt", "~/a/*.txt", "./**/[02].txt", "../[[]1]/a/0.txt", "a/0.txt", "~/a/0.txt"])
+def test_brackets_in_the_name_of_the_current_folder_or_a_home_are_no_wildcards(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    here = folder.rename(folder.with_name("[1]"))
+    shutil.copytree(here, here.with_name("1"))
+    monkeypatch.setenv("HOME", str(here))
+    monkeypatch.chdir(here)
+    expected = local_files([pattern])
+    assert expected and all(str(Path(file.path).resolve()).startswith(f"{here}/") for file in expected)
+
+    config = Config(data=absolute_paths(DataConfig(name="text", files=[pattern])))
+    assert absolute_paths(config.data).files == config.data.files
+    save_config(config, folder.parent / "config.yaml")
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("HOME", "/")
+    assert local_files(load_config(folder.parent / "config.yaml").data.files) == expected
+
+
+def test_the_path_of_a_file_that_is_there_is_no_pattern(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = folder.rename(folder.with_name("[1]"))
+    (here / "a[0].txt").write_text("text\n")
+    monkeypatch.chdir(here)
+    assert absolute_paths(DataConfig(name="text", files=["a[0].txt"])).files == [f"{here}/a[0].txt"]
+
+
+def test_a_missing_file_is_not_looked_for_in_a_folder_of_similar_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder.with_name("[c]orpus")).mkdir()
+    monkeypatch.chdir(folder.with_name("[c]orpus"))
+    with pytest.raises(DataError, match=r"'a/0\.txt' matches no file"):
+        local_files(["a/0.txt"])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Tokens: the ids on disk, the sizes that follow from them, and what is refused. The tokenizer is a real one."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -69,6 +70,17 @@ def test_tokens_read_back_are_the_text_as_bytes(name: str, folder: Path) -> None
         assert counts["tokens"] == len(ids) < counts["bytes"] == of_bytes["bytes"] == of_bytes["tokens"]
         assert counts["documents"] == of_bytes["documents"]
     assert text.folder != tokens.folder
+
+
+@pytest.mark.parametrize("text", ["one line\r" * 500, "a line\n" + "a long one " * 500])
+def test_a_lone_file_that_ends_in_one_long_line_is_refused_with_a_way_out(folder: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "lone.txt").write_bytes(text.encode())
+    given = settings(folder, files=[str(tmp_path / "lone.txt")])
+    with pytest.raises(DataError, match=r'has 0 tokens .*at the end of a line \("\\n"\).*break it into lines or add') as caught:
+        build_task(given)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=r"lower data\.context"):
+        build_task(dataclasses.replace(given, tokenizer="", context=10**6))
 
 
 def test_long_texts_are_encoded_in_pieces_that_end_with_a_line(folder: Path) -> None:
