@@ -27,7 +27,7 @@ from distcond.config import Config
 from distcond.data import absolute_paths, build_task
 from distcond.errors import LostError, RunError, TrainingError, UserError
 from distcond.train.deepspeed_options import deepspeed_options
-from distcond.train.run_folder import RunFolder, check_continues, is_there, parent_of
+from distcond.train.run_folder import RunFolder, check_continues, check_same_data, is_there, parent_of
 
 if TYPE_CHECKING:
     from distcond.cluster.controller import Job
@@ -175,7 +175,7 @@ def launch(config: Config) -> dict[str, Any]:
     start = time.monotonic()
     preflight(config.cluster)
     config, start_line = ready(config)
-    build_task(config.data)  # prepares a text, or refuses it, before anything is started
+    task = build_task(config.data)  # prepares a text, or refuses it, before anything is started
     console, is_fork = Console(), config.run.fork
     if is_fork:
         config = _forked(config, console)
@@ -188,6 +188,7 @@ def launch(config: Config) -> dict[str, Any]:
         summary = folder.summary()
         _show_end(console, folder, summary, config.train.max_steps, time.monotonic() - start)
         return summary
+    check_same_data(folder, task.fingerprint())
     has_ray, num_signals, is_asked = threading.Event(), 0, False
     with counted_signals() as count_signals, Progress(console, folder.metrics, config.train.max_steps) as progress:
         run = _in_thread(partial(_run, config, progress.wait_for, progress.note, has_ray))

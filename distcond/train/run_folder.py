@@ -172,6 +172,28 @@ def check_continues(old: Config, new: Config, folder: Path) -> None:
         )
 
 
+def check_same_data(folder: RunFolder, found: Mapping[str, Any]) -> None:
+    """Refuse to continue a run on other examples: those that it is validated on may be among those that it was trained on.
+
+    found: the task's fingerprint. Versions in it may change. Raises RunError.
+    """
+    if not folder.is_begun() or not folder.environment_file.exists():
+        return
+    with contextlib.suppress(ValueError, TypeError, KeyError):  # damaged: nobody knows
+        before = json.loads(folder.environment_file.read_text())["data"]
+        if _without_versions(before) != _without_versions(json.loads(json.dumps(found))):
+            raise RunError(
+                f"{folder.path} was trained on other data than data={found.get('name')} is now; restore its files, use another "
+                "run.name, or run.fork=true to start a new run from its checkpoint."
+            )
+
+
+def _without_versions(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_versions(part) for key, part in value.items() if key not in {"python", "numpy"}}
+
+
 def _as_typed(value: Any) -> str:
     return str(value.value) if isinstance(value, Enum) else repr(value)
 

@@ -18,7 +18,7 @@ from distcond.config import Config
 from distcond.errors import ClusterError, DataError, LostError, RunError, TrainingError
 from distcond.train.run_folder import RunFolder
 from tests.cluster.processes import NUM_STEPS, Command, crowded, read_rows, wait_until, within, words
-from tests.helpers import small_config, train_run
+from tests.helpers import small_config, text_config, train_run
 
 # --- names and folders ------------------------------------------------------------------------------------------------
 
@@ -136,6 +136,24 @@ def test_a_complete_run_is_told_as_such_without_ray(
     damaged.write_bytes(b"damage")
     with pytest.raises(AssertionError, match="Ray is started"):
         trainer.launch(config)
+
+
+def test_a_run_does_not_go_on_with_another_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = text_config(tmp_path, cluster__num_workers=1, train__max_steps=2)
+    train_run(config)
+    monkeypatch.setattr(trainer, "_run", no_ray)
+    longer = override(config, {"train.max_steps": 3})
+    with pytest.raises(AssertionError, match="Ray is started"):
+        trainer.launch(longer)
+    before = json.loads((tmp_path / "run/environment.json").read_text())
+    before["data"]["python"] = "3.10"  # which may change, where the text is the same
+    (tmp_path / "run/environment.json").write_text(json.dumps(before))
+    with pytest.raises(AssertionError, match="Ray is started"):
+        trainer.launch(longer)
+    with (tmp_path / "corpus/0.txt").open("a") as file:
+        file.write("more\n")
+    with pytest.raises(RunError, match=r"run was trained on other data than data=text is now; restore its files, use another"):
+        trainer.launch(longer)
 
 
 @pytest.mark.parametrize(
