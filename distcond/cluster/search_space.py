@@ -63,6 +63,11 @@ class Range:
             return int(min(max(round(value), self.minimum), self.maximum))
         return min(max(float(f"{value:.{SIGNIFICANT_DIGITS}g}"), float(self.minimum)), float(self.maximum))
 
+    def holds(self, value: Any) -> bool:
+        """Whether it is one of its values."""
+        kinds = int if self.is_whole else int | float
+        return isinstance(value, kinds) and not isinstance(value, bool) and self.minimum <= value <= self.maximum
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -74,6 +79,10 @@ class Choice:
         """One of the values."""
         return generator.choice(self.values)
 
+    def holds(self, value: Any) -> bool:
+        """Whether it is one of the values."""
+        return value in self.values
+
 
 @dataclass(frozen=True, slots=True)
 class SearchSpace:
@@ -81,6 +90,15 @@ class SearchSpace:
 
     grids: dict[str, list[Any]]
     ranges: dict[str, Range | Choice]
+
+    @property
+    def kinds(self) -> dict[str, Range | Choice]:
+        """What every key is to have; a grid as its values."""
+        return {key: Choice(values) for key, values in self.grids.items()} | self.ranges
+
+    def lacks(self, point: Mapping[str, Any]) -> list[str]:
+        """The keys of a point of all keys whose values are not in the space."""
+        return [key for key, kind in self.kinds.items() if not kind.holds(point[key])]
 
 
 def parse_space(space: Mapping[str, Any]) -> SearchSpace:
@@ -152,13 +170,12 @@ def plan_trials(space: SearchSpace, num_samples: int, seed: int) -> list[dict[st
 
 def corners(space: SearchSpace) -> list[dict[str, Any]]:
     """A few points of a space that hold each value of a list or choice, and both ends of each range, at least once."""
-    kinds = {**space.grids, **space.ranges}
-    values = {key: _values_of(kind) for key, kind in kinds.items()}
+    values = {key: _values_of(kind) for key, kind in space.kinds.items()}
     number = max(map(len, values.values()))
     return [{key: listed[index % len(listed)] for key, listed in values.items()} for index in range(number)]
 
 
-def _values_of(kind: list[Any] | Range | Choice) -> list[Any]:
+def _values_of(kind: Range | Choice) -> list[Any]:
     if isinstance(kind, Range):
         return [kind.tidy(kind.minimum), kind.tidy(kind.maximum)]
-    return kind.values if isinstance(kind, Choice) else kind
+    return kind.values

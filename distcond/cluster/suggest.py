@@ -63,7 +63,7 @@ class Suggester(Searcher):  # type: ignore[misc]  # Ray is untyped
             self._tell(trial)
         else:
             return Searcher.FINISHED
-        return {"trial": {"name": trial.name, "overrides": trial.overrides}}
+        return {"trial": trial.told}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Called by Tune at validations; what counts is the last one."""

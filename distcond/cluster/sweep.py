@@ -37,7 +37,7 @@ from distcond.command_line import train_line
 from distcond.compose import override
 from distcond.config import Config, DataConfig, Search, SweepConfig
 from distcond.config.readers import check_read
-from distcond.data import absolute_paths, build_task
+from distcond.data import build_task
 from distcond.errors import ConfigError
 from distcond.train.run_folder import RunFolder, parent_of
 
@@ -56,11 +56,10 @@ def sweep(config: Config) -> int:
     Raises ConfigError, ClusterError or RunError before anything starts.
     """
     config = name_sweep(config)
-    config = replace(config, data=absolute_paths(config.data))  # trials run in other folders
     planned = plan(config)
     folder, number, trials = Path(config.run.dir) / config.sweep.name, len(planned), planned
     if config.sweep.search == Search.optuna:
-        trials = read_tried(folder / RESULT_FILE, config.sweep.space, base_of(config))
+        trials = read_tried(folder / RESULT_FILE, parse_space(config.sweep.space), base_of(config))
         number = max(config.sweep.num_samples, len(trials))
     kept = read_past(folder / RESULT_FILE, trials)
     memory = Memory(started=set(kept), ended=set(kept), kept=kept)

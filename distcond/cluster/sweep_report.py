@@ -4,7 +4,7 @@ import json
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from distcond.compose import load_config, override
+from distcond.cluster.search_space import SearchSpace
+from distcond.compose import load_config, override, to_dict
 from distcond.config import Config
+from distcond.data import absolute_paths
 from distcond.data.tasks import shape_of
 from distcond.errors import RunError
 from distcond.pareto import pareto_front
@@ -46,8 +48,15 @@ class Trial:
 
     @classmethod
     def of(cls, base: Config, name: str, overrides: Mapping[str, Any]) -> "Trial":
-        """A trial of the sweep whose trials differ from `base`. Raises ConfigError where it cannot run."""
-        return cls(name, dict(overrides), override(base, {**overrides, "run.name": name}))
+        """A trial of the sweep whose trials differ from `base`. Raises ConfigError or DataError where it cannot run."""
+        config = override(base, {**overrides, "run.name": name})
+        return cls(name, dict(overrides), replace(config, data=absolute_paths(config.data)))
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What `of` makes the same run of in a process that runs in another folder."""
+        data = {f"data.{key}": value for key, value in to_dict(self.config)["data"].items()}
+        return {"name": self.name, "overrides": self.overrides | data}
 
     @property
     def folder(self) -> Path:
@@ -56,8 +65,8 @@ class Trial:
 
     @property
     def error_file(self) -> Path:
-        """Why it failed, in one line; among the logs of the sweep, for its folder may belong to another run."""
-        return Path(self.config.run.dir) / "logs" / f"{self.name}.error"
+        """Why it failed, in one line."""
+        return error_file(self.config, self.name)
 
     def count_parameters(self) -> int:
         """Parameters of the model, if every node of its trees comes to exist."""
@@ -101,6 +110,11 @@ class Outcome:
     def command(self) -> str:
         """The line that runs this trial by itself; a stopped one goes on."""
         return f"distcond train --config {shlex.quote(f'{self.folder}/config.yaml')}"
+
+
+def error_file(base: Config, name: str) -> Path:
+    """Why a trial failed; among the logs of the sweep, for its folder may belong to another run."""
+    return Path(base.run.dir) / "logs" / f"{name}.error"
 
 
 def quality_metric(config: Config) -> str:
@@ -150,18 +164,25 @@ def read_past(file: Path, trials: Sequence[Trial]) -> set[str]:
             raise RunError(f"{file.parent} holds another sweep (it has {name}, this one has not); use another sweep.name.")
     over = {name for name, entry in past.items() if entry.get("is_over") and (planned[name].folder / "config.yaml").is_file()}
     for name in sorted(over):
-        check_continues(load_config(planned[name].folder / "config.yaml"), planned[name].config, planned[name].folder)
+        old = load_config(planned[name].folder / "config.yaml")
+        # Sweeps once kept the paths in sweep.space as they were typed.
+        check_continues(replace(old, data=absolute_paths(old.data)), planned[name].config, planned[name].folder)
     return over
 
 
-def read_tried(file: Path, keys: Iterable[str], base: Config) -> list[Trial]:
-    """The trials that an earlier, interrupted run of a sweep over `keys` has made up as it went, over or not.
+def read_tried(file: Path, space: SearchSpace, base: Config) -> list[Trial]:
+    """The trials that an earlier, interrupted run of a sweep over `space` has made up as it went, over or not.
 
-    Raises RunError where `sweep.json` is that of another sweep.
+    Raises RunError where `sweep.json` is that of another sweep: nothing can be learnt from a point outside the space.
     """
     for name, entry in (past := _entries(file)).items():
-        if entry["overrides"].keys() != set(keys):
+        if entry["overrides"].keys() != space.kinds.keys():
             raise RunError(f"{file.parent} holds a sweep over other keys ({name}); use another sweep.name.")
+        for key in space.lacks(entry["overrides"]):
+            raise RunError(
+                f"{file.parent} holds a trial outside sweep.space ({name}: {key}={entry['overrides'][key]}); let the space hold "
+                "it, or use another sweep.name."
+            )
     return [Trial.of(base, name, entry["overrides"]) for name, entry in past.items()]
 
 

@@ -9,7 +9,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from distcond.cluster.progress import Tail
-from distcond.cluster.sweep_report import Memory, Trial, quality_metric
+from distcond.cluster.sweep_report import Memory, Trial, error_file, quality_metric
 from distcond.cluster.trainer import fit, prepare_run
 from distcond.config import Config
+from distcond.errors import TrainingError, UserError
 from distcond.redaction import redact
 from distcond.train.run_folder import RunFolder
 
@@ -58,7 +60,7 @@ def run_trials(
     folder for Tune's own files.
     """
     os.environ |= SETTINGS
-    planned = [{"name": trial.name, "overrides": trial.overrides} for trial in trials]
+    planned = [trial.told for trial in trials]
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(Driver, base=base, kept=frozenset(memory.kept)), driver_resources(at_once)),
         param_space={"trial": tune.grid_search(planned)} if suggester is None else None,
@@ -119,18 +121,23 @@ class Driver(tune.Trainable):  # type: ignore[misc]  # Ray is untyped
 
     def setup(self, config: dict[str, Any], base: Config, kept: frozenset[str]) -> None:
         """Called by Tune: config holds a trial of `base`. Of one that goes on, or is `kept`, earlier validations count too."""
-        self._trial = Trial.of(base, **config["trial"])
-        self._folder = RunFolder(self._trial.folder)
+        self._error_file = error_file(base, config["trial"]["name"])
+        with _kept_in(self._error_file):
+            self._start(Trial.of(base, **config["trial"]), kept)
+
+    def _start(self, trial: Trial, kept: frozenset[str]) -> None:
+        self._trial = trial
+        self._folder = RunFolder(trial.folder)
         self._step = 0
         self._validations: deque[dict[str, Any]] = deque()
         self._last: dict[str, Any] = {}
         self._error: Exception | None = None
         self._rows = Tail(self._folder.metrics, whole=True)
         self._thread = threading.Thread(target=self._train, daemon=True)
-        if self._trial.name in kept:
+        if trial.name in kept:
             self._read()
         else:
-            self._trial.error_file.unlink(missing_ok=True)
+            self._error_file.unlink(missing_ok=True)
             self._thread.start()
 
     def _train(self) -> None:
@@ -142,6 +149,10 @@ class Driver(tune.Trainable):  # type: ignore[misc]  # Ray is untyped
 
     def step(self) -> dict[str, Any]:
         """Wait for the next validation; returns its row, at the end of the run the last one again, marked as done."""
+        with _kept_in(self._error_file):
+            return self._next()
+
+    def _next(self) -> dict[str, Any]:
         is_running = True
         while is_running and not self._validations:
             is_running = self._thread.is_alive()  # asked before reading, so that no row is missed
@@ -152,7 +163,6 @@ class Driver(tune.Trainable):  # type: ignore[misc]  # Ray is untyped
             self._last = self._validations.popleft()
             return self._last
         if self._error is not None:
-            self._trial.error_file.write_text(redact(" ".join(str(self._error).split())), encoding="utf-8")
             raise self._error
         return {**self._last, "done": True}
 
@@ -169,6 +179,17 @@ class Driver(tune.Trainable):  # type: ignore[misc]  # Ray is untyped
         if self._thread.is_alive():
             self._folder.stop_file.touch()
             self._thread.join(STOP_TIMEOUT_S)
+
+
+@contextmanager
+def _kept_in(file: Path) -> Iterator[None]:
+    """Keep why it fails for the process of the sweep, to which Tune tells no more than that it did."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error) if isinstance(error, UserError | TrainingError) else f"{type(error).__name__}: {error}"
+        file.write_text(redact(" ".join(text.split())), encoding="utf-8")
+        raise
 
 
 def _name_of(trial: Any) -> str:

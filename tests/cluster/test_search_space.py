@@ -1,5 +1,6 @@
 import math
 import random
+from typing import Any
 
 import pytest
 
@@ -89,6 +90,21 @@ def test_a_bad_space_is_refused_in_one_line(space: dict[str, object], message: s
     with pytest.raises(ConfigError, match=message) as error:
         parse_space(space)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "held", "lacked"),
+    [
+        ([8, [0.9, 0.95], None], [8, [0.9, 0.95], None], [16, [0.9], "8"]),
+        ({"choice": ["act", "none"]}, ["act"], ["ponder", 0.5, None]),
+        ({"min": 1, "max": 4}, [1, 3, 4], [0, 5, 2.5, "2", True, None]),
+        ({"min": 1e-3, "max": 0.5}, [1e-3, 0.25, 0.5], [1e-4, 0.51, [0.25], math.nan]),
+    ],
+)
+def test_a_space_tells_which_points_it_holds(kind: Any, held: list[Any], lacked: list[Any]) -> None:
+    space = parse_space({"a.x": kind, "seed": [0]})
+    assert [space.lacks({"a.x": value, "seed": 0}) for value in held] == [[]] * len(held)
+    assert [space.lacks({"a.x": value, "seed": 0}) for value in lacked] == [["a.x"]] * len(lacked)
 
 
 def test_a_grid_is_not_repeated() -> None:

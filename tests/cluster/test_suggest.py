@@ -111,18 +111,43 @@ def test_an_interrupted_search_goes_on_with_its_own_trials_and_what_it_has_learn
     file.parent.mkdir()
     memory = Memory(started={trial.name for trial in made}, ended={trial.name for trial in made[:-1]})
     save(file, "s", METRIC, [read_outcome(trial, memory) for trial in made])
-    past = read_tried(file, SPACE, base_of(config))
+    past = read_tried(file, parse_space(SPACE), base_of(config))
     assert past == made
     more = list[Trial]()
     again = suggester(config, 30, past, more)
-    assert search(again, distance, 12) == [{"name": trial.name, "overrides": trial.overrides} for trial in made]
+    assert search(again, distance, 12) == [trial.told for trial in made]
     values = sorted(trial.value for trial in again._search._ot_study.trials)
     assert values == sorted(distance(trial.overrides) for trial in made)
     search(again, distance, 18, first=12)
     assert again.suggest("t30") == Suggester.FINISHED
     assert [trial.name[:3] for trial in more] == [f"{number:03d}" for number in range(12, 30)]
     with pytest.raises(RunError, match=r"s holds a sweep over other keys \(000-.*\); use another sweep.name"):
-        read_tried(file, {"optim.lr": [1]}, base_of(config))
+        read_tried(file, parse_space({"optim.lr": [1]}), base_of(config))
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "told"),
+    [
+        ([8, 16], [24, 16], r"000-width=8: model.width=8"),
+        ({"min": 8, "max": 64}, {"min": 16, "max": 64}, r"000-width=8: model.width=8"),
+        ({"min": 8, "max": 64}, {"choice": [16, 64]}, r"000-width=8: model.width=8"),
+        ([8, 16], {"min": 8, "max": 64}, ""),
+    ],
+)
+def test_a_search_goes_on_in_a_space_that_holds_what_it_has_tried_alone(tmp_path: Path, then: Any, now: Any, told: str) -> None:
+    config = sweep_of(tmp_path, sweep__space={"model.width": then})
+    made = [Trial.of(base_of(config), "000-width=8", {"model.width": 8})]
+    file = tmp_path / "s" / "sweep.json"
+    file.parent.mkdir()
+    save(file, "s", METRIC, [read_outcome(trial, Memory()) for trial in made])
+    space = parse_space({"model.width": now})
+    if not told:
+        assert read_tried(file, space, base_of(config)) == made
+        return
+    message = rf"s holds a trial outside sweep.space \({told}\); let the space hold it, or use another sweep.name"
+    with pytest.raises(RunError, match=message) as error:
+        read_tried(file, space, base_of(config))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.thorough

@@ -1,6 +1,7 @@
 import functools
 import io
 import json
+import operator
 import os
 import shlex
 import signal
@@ -16,13 +17,14 @@ from rich.console import Console
 
 from distcond.cluster import sweep_report
 from distcond.cluster.policy import Room
-from distcond.cluster.sweep import grace_steps, longer, name_sweep, num_at_once, plan, trial_name, validation_interval
+from distcond.cluster.sweep import base_of, grace_steps, longer, name_sweep, num_at_once, plan, trial_name, validation_interval
 from distcond.cluster.sweep_plot import plot
 from distcond.cluster.sweep_report import Memory, Outcome, Status, Trial
-from distcond.compose import compose, load_config, save_config
+from distcond.compose import compose, load_config, override, save_config, to_dict
 from distcond.config import ClusterConfig, Config, SweepConfig, TrainConfig
-from distcond.errors import ConfigError, RunError
+from distcond.errors import ConfigError, DataError, RunError
 from tests.cluster.processes import find_processes, wait_until, within
+from tests.data.tokenizer import train_tokenizer
 from tests.helpers import changed
 
 
@@ -56,6 +58,29 @@ def test_trials_are_valid_runs_in_folders_of_their_own(tmp_path: Path) -> None:
         assert trial.config.optim.lr == trial.overrides["optim.lr"]
         assert trial.config.tracking.group == "s"
         assert trial.config.sweep == SweepConfig()
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "typed", "absolute"),
+    [
+        (["data=text", "data.files=[x]"], "data.files", ["corpus/a.txt", "b/*.txt"], ["{}/corpus/a.txt", "{}/b/*.txt"]),
+        (["data=stdlib"], "data.tokenizer", "tok.json", "{}/tok.json"),
+        (["data=stdlib"], "data.cache_dir", "~/c", "~/c"),
+        (["data=mixture", "data.sources={a:{name:text,files:[x],weight:1}}"], "data.sources.a.files", ["a.txt"], ["{}/a.txt"]),
+    ],
+)
+def test_a_local_path_of_a_space_is_the_same_file_from_every_folder(
+    words: list[str], key: str, typed: Any, absolute: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train_tokenizer(tmp_path / "tok.json", "some text")
+    config = name_sweep(changed(compose(["model=rnn", *words]), sweep__name="s", sweep__space={key: [typed]}))
+    (trial,) = plan(config)
+    made = functools.reduce(operator.getitem, key.split("."), to_dict(trial.config))
+    assert json.dumps(made) == json.dumps(absolute).replace("{}", str(tmp_path))
+    assert (trial.overrides, trial.name) == ({key: typed}, trial_name(0, {key: typed}))
+    monkeypatch.chdir(_folder(tmp_path / "elsewhere"))  # as a driver does
+    assert Trial.of(base_of(config), **trial.told).config == trial.config
 
 
 def test_a_sweep_has_a_name_and_an_absolute_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,6 +310,53 @@ def test_what_is_over_is_kept_and_the_rest_is_run(tmp_path: Path) -> None:
     (tmp_path / "s/sweep.json").write_text('{"trials": [')
     with pytest.raises(RunError, match=r"sweep.json is damaged"):
         sweep_report.read_past(tmp_path / "s/sweep.json", trials)
+
+
+def test_trials_whose_paths_were_kept_as_typed_are_still_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = changed(compose(["model=rnn", "data=text", "data.files=[x]"]), run__dir=str(tmp_path), sweep__name="s")
+    (trial,) = trials = plan(name_sweep(changed(config, sweep__space={"data.files": [["a.txt"]]})))
+    _past(tmp_path / "s", trials, Memory(started={trial.name}, ended={trial.name}))
+    save_config(override(trial.config, trial.overrides), trial.folder / "config.yaml")
+    assert sweep_report.read_past(tmp_path / "s/sweep.json", trials) == {trial.name}
+
+
+# --- drivers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(DataError("tok.json:\nno such file"), "tok.json: no such file"), (KeyError("step"), "KeyError: 'step'")],
+)
+def test_an_error_of_a_driver_is_told(
+    error: Exception, line: str, *, is_kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distcond.cluster import tuning
+
+    def fails(config: Config) -> str:
+        raise error
+
+    monkeypatch.setattr(tuning, "quality_metric", fails)
+    monkeypatch.setattr(tuning, "prepare_run", lambda config: None)
+    monkeypatch.setattr(tuning, "fit", lambda config: None)
+    trial, driver = _trial(tmp_path), tuning.Driver.__new__(tuning.Driver)
+    _folder(tmp_path / "logs")
+    with pytest.raises(type(error)):
+        driver.setup({"trial": trial.told}, trial.config, frozenset({"a"} if is_kept else ()))
+        driver.step()
+    outcome = sweep_report.read_outcome(trial, Memory(started={"a"}, failed={"a"}))
+    assert (outcome.status, outcome.error) == (Status.failed, line)
+
+
+def test_a_driver_tells_why_it_cannot_make_its_trial(tmp_path: Path) -> None:
+    from distcond.cluster import tuning
+
+    trial, driver = _trial(tmp_path), tuning.Driver.__new__(tuning.Driver)
+    _folder(tmp_path / "logs")
+    with pytest.raises(ConfigError):
+        driver.setup({"trial": {"name": "a", "overrides": {"model.width": 0}}}, trial.config, frozenset())
+    assert trial.error_file.read_text().startswith("model.width=0 is below 1")
 
 
 # --- whole sweeps -----------------------------------------------------------------------------------------------------
