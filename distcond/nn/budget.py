@@ -1,6 +1,8 @@
 """A budget of ponder steps: the penalty that keeps their mean at a target, found while training. Needs no torch."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 GAIN = 20.0
 "Proportional gain: one twentieth too many steps multiply the penalty by e."
@@ -45,10 +47,12 @@ class StepBudget:
         self.integral = min(max(self.integral + INTEGRAL_GAIN * lr * error, LOWEST), HIGHEST)
         self.penalty = self.mean_loss * math.exp(min(self.integral + GAIN * error, HIGHEST))
 
-    def state_dict(self) -> dict[str, float]:
-        """What a checkpoint holds."""
-        return {"integral": self.integral, "mean_loss": self.mean_loss, "penalty": self.penalty}
+    def state_dict(self) -> dict[str, float | None]:
+        """What a checkpoint holds, as JSON can; mean_loss: None before the first `commit`."""
+        mean_loss = None if math.isnan(self.mean_loss) else self.mean_loss
+        return {"integral": self.integral, "mean_loss": mean_loss, "penalty": self.penalty}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
-        self.integral, self.mean_loss, self.penalty = state["integral"], state["mean_loss"], state["penalty"]
+        self.integral, self.penalty = state["integral"], state["penalty"]
+        self.mean_loss = math.nan if state["mean_loss"] is None else state["mean_loss"]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from distcond.config import CheckpointConfig
+from distcond.finite import finite
 from distcond.optim.sharded import ShardedRows
 from distcond.table import Collective
 from distcond.train.checkpoint import DENSE, FORMAT_VERSION
@@ -152,7 +153,7 @@ class CheckpointWriter:
         return {
             "name": name_of(step),
             "files": [DENSE, *table_names(self._tables)],
-            "state": json.dumps({"format_version": FORMAT_VERSION, "step": step, **state}, indent=2) + "\n",
+            "state": json.dumps(finite({"format_version": FORMAT_VERSION, "step": step, **state}), indent=2) + "\n",
             "keep_last": self._config.keep_last,
             "keep_best": self._config.keep_best,
         }

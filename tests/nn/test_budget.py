@@ -78,13 +78,14 @@ def test_the_penalty_is_bounded_and_never_negative(steps: float, lowest: float, 
     assert lowest <= budget.penalty <= highest * (1 + 1e-12)  # the exponential of a logarithm
 
 
-def test_its_state_goes_through_json_to_the_last_bit() -> None:
+@pytest.mark.parametrize("updates", [0, 5])
+def test_its_state_goes_through_json_to_the_last_bit(updates: int) -> None:
     straight, before = StepBudget(3.0), StepBudget(3.0)
-    for number in range(5):
+    for number in range(updates):
         straight.commit(2.0 + number, 1.0 / (number + 3), LR)
         before.commit(2.0 + number, 1.0 / (number + 3), LR)
     after = StepBudget(3.0)
-    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    after.load_state_dict(json.loads(json.dumps(before.state_dict(), allow_nan=False)))
     for budget in (straight, after):
         budget.commit(3.7, 0.3, LR)
     assert after.state_dict() == straight.state_dict() and after.penalty == straight.penalty > 0
