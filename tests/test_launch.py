@@ -10,6 +10,7 @@ import pytest
 from distcond.cluster import slurm
 from distcond.config import ClusterConfig, Config
 from distcond.errors import ClusterError, ConfigError
+from tests.cluster.processes import wait_until
 from tests.helpers import HANG_S
 
 BIN = Path(sys.executable).parent
@@ -85,7 +86,7 @@ def test_a_ray_that_did_not_start_is_failure_though_it_exits_0(job: "FakeJob") -
 @pytest.mark.thorough
 def test_out_of_time_saves_and_queues_the_job_again(job: "FakeJob") -> None:
     process = job.start('until [[ -e "$STOP" ]]; do sleep 0.05; done; sleep 0.3; touch "$RESULT"; exit 130')
-    _wait_for(lambda: len(job.calls()) == 2)
+    wait_until(lambda: len(job.calls()) == 2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(HANG_S) == 0
     assert job.calls()[2:] == ["scontrol requeue 42"]
@@ -101,7 +102,7 @@ def test_out_of_time_saves_and_queues_the_job_again(job: "FakeJob") -> None:
 )
 def test_out_of_time_without_a_saved_run_does_not_queue_again(end: str, status: int, job: "FakeJob") -> None:
     process = job.start(f'until [[ -e "$STOP" ]]; do sleep 0.05; done; {end}')
-    _wait_for(lambda: len(job.calls()) == 2)
+    wait_until(lambda: len(job.calls()) == 2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(HANG_S) == status
     assert len(job.calls()) == 2
@@ -180,10 +181,3 @@ def _directives(script: str) -> dict[str, str]:
 def _executable(file: Path, body: str) -> None:
     file.write_text(f"#!/bin/bash\n{body}\n")
     file.chmod(0o755)
-
-
-def _wait_for(condition) -> None:  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + HANG_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

@@ -15,6 +15,7 @@ from distcond.cluster import kuberay
 from distcond.compose import load_config
 from distcond.config import ClusterConfig, ClusterName, Config
 from distcond.errors import ClusterError, ConfigError
+from tests.cluster.processes import wait_until
 from tests.helpers import HANG_S
 
 BIN = Path(sys.executable).parent
@@ -163,10 +164,7 @@ def test_a_head_that_has_to_go_has_the_run_saved_first(tmp_path: Path) -> None:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         process = subprocess.Popen(["sh", str(script)])
-        end = time.monotonic() + HANG_S
-        while not (folder / "stop").exists():
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        wait_until((folder / "stop").exists)
         time.sleep(0.5)
         assert process.poll() is None
     assert process.wait(HANG_S) == 0

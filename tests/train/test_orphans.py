@@ -18,6 +18,7 @@ from distcond.config import Config
 from distcond.data.batch import Batch
 from distcond.data.batches import LocalFeeder
 from distcond.train.sealing import BEGIN_S, FINISH_S, SEAL
+from tests.cluster.processes import wait_until
 from tests.helpers import HANG_S, folder_of, run_ranks, sealers_below, small_config, train_run
 from tests.train.test_faults import digests
 
@@ -124,14 +125,7 @@ def test_a_checkpoint_that_has_begun_is_complete_where_its_ranks_are_killed(
     checkpoints = folder_of(config).checkpoints
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000002", "step_00000004"]
     assert digests(checkpoints / "step_00000004") == digests(large / "step_00000004")
-    wait_until_gone(tmp_path)
-
-
-def wait_until_gone(folder: Path) -> None:
-    end = time.monotonic() + HANG_S
-    while sealers_below(folder):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_until(lambda: not sealers_below(tmp_path))
 
 
 def test_a_kill_of_the_process_that_writes_is_told_and_made_good(large: Path, tmp_path: Path) -> None:
@@ -144,7 +138,7 @@ def test_a_kill_of_the_process_that_writes_is_told_and_made_good(large: Path, tm
     checkpoints = folder_of(config).checkpoints
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000002", "step_00000006"]  # not 4
     assert digests(checkpoints / "step_00000006") == digests(large / "step_00000006")
-    wait_until_gone(tmp_path)
+    wait_until(lambda: not sealers_below(tmp_path))
 
 
 def begin_on_rank_0_alone(config: Config) -> None:
@@ -178,4 +172,4 @@ def test_a_checkpoint_that_not_all_ranks_have_begun_is_given_up(large: Path, tmp
     assert run_ranks(found_step, 2, config) == [2, 2]
     assert BEGIN_S < time.monotonic() - float((tmp_path / "run/died_at").read_text()) < FINISH_S - 20
     assert [path.name for path in checkpoints.iterdir()] == ["step_00000002"]
-    wait_until_gone(tmp_path)
+    wait_until(lambda: not sealers_below(tmp_path))

@@ -15,6 +15,7 @@ from distcond.train.checkpoint import newest_checkpoint
 from distcond.train.sealer import ENDED, Sealer, wait_for_orphans
 from distcond.train.sealing import SEAL, write_sealed
 from distcond.train.snapshot import Snapshot
+from tests.cluster.processes import wait_until
 from tests.helpers import HANG_S, sealers_below
 
 
@@ -45,11 +46,8 @@ def answer_of(sealer: Sealer) -> str:
 
 def only_sealer(checkpoints: Path) -> psutil.Process:
     """The process that has answered; the one that started it may be there for another moment."""
-    end = time.monotonic() + HANG_S
-    while len(found := sealers_below(checkpoints)) != 1:
-        assert time.monotonic() < end, found
-        time.sleep(0.01)
-    return found[0]
+    wait_until(lambda: len(sealers_below(checkpoints)) == 1)
+    return sealers_below(checkpoints)[0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
